@@ -1,0 +1,1 @@
+"""Policies: which tokens take part in attention. One file per method."""

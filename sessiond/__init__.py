@@ -1,0 +1,1 @@
+"""sessiond keeps what a language model remembers of every conversation. Imports nothing (clients stay light)."""

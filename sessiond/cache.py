@@ -1,0 +1,144 @@
+"""A session's keys and values in the memory the model computes in, and the transformers Cache that fills it.
+
+Every session reserves address space for its model's whole context, one contiguous run of positions for each layer and
+KV head: attention is then one matrix product over any length, and nothing is ever copied to grow. Only pages that were
+written cost memory (docs/decisions/0002-reserved-kv.md).
+
+    [0, sealed)         canonical KV, a pure function of identity and tokens
+    [sealed, length)    provisional KV of this session
+    [length, capacity)  zeros, or rows of a step that was abandoned; never attended
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sessiond.types import KVShape, Span
+
+_TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_INT_DTYPES = {2: torch.uint16, 4: torch.uint32}
+
+# Keys are attended in multiples of this, so that the shapes of a step change every 64 tokens and not every token.
+KEY_GRANULE = 64
+
+
+def torch_dtype(shape: KVShape) -> torch.dtype:
+    return _TORCH_DTYPES[shape.dtype]
+
+
+class SessionCache:
+    """One session's KV: `keys[layer]` and `values[layer]` are [G, capacity, D].
+
+    Owned by the engine thread while a turn or a sealing step runs, else by the holder of the session's lease.
+    Memory that was not written is zero, never NaN: a masked key must not spoil a sum.
+    """
+
+    def __init__(self, shape: KVShape, capacity: int) -> None:
+        self.shape = shape
+        self.capacity = -(-capacity // KEY_GRANULE) * KEY_GRANULE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = mmap.mmap(-1, shape.bytes_per_token * self.capacity, flags=flags)
+        dims = (shape.n_layers, 2, shape.n_kv_heads, self.capacity, shape.head_dim)
+        data = torch.frombuffer(memory, dtype=torch_dtype(shape)).view(dims)
+        self.keys: Sequence[Tensor] = data[:, 0].unbind(0)
+        self.values: Sequence[Tensor] = data[:, 1].unbind(0)
+        self._raw: np.ndarray[Any, Any] = data.view(_INT_DTYPES[shape.itemsize]).numpy()
+        self.length = 0
+        self.sealed = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the tokens held now occupy."""
+        return self.length * self.shape.bytes_per_token
+
+    def write(self, layer: int, position: int, keys: Tensor, values: Tensor) -> None:
+        """Put keys and values [G, n, D] at positions [position, position + n)."""
+        end = position + keys.shape[1]
+        self.keys[layer][:, position:end] = keys
+        self.values[layer][:, position:end] = values
+
+    def truncate(self, length: int, cell_tokens: int) -> None:
+        """Forget positions from `length` on; a sealed cell that is cut stops being sealed."""
+        self.length = min(self.length, length)
+        self.sealed = min(self.sealed, self.length // cell_tokens * cell_tokens)
+
+    def array(self, layer: int, part: int, span: Span) -> np.ndarray[Any, Any]:
+        """K (part 0) or V (part 1) of `span` in `layer`: a writable view [G, n, D] of unsigned integers."""
+        view: np.ndarray[Any, Any] = self._raw[layer, part, :, span.start : span.end]
+        return view
+
+    def arrays(self, span: Span) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """K and V of `span` in every layer, as views."""
+        return [(self.array(layer, 0, span), self.array(layer, 1, span)) for layer in range(self.shape.n_layers)]
+
+
+class PackedSpan:
+    """Rows [start, end) of a packed step: tokens of one session at `position` and on."""
+
+    __slots__ = ("_masks", "cache", "end", "position", "start")
+
+    def __init__(self, cache: SessionCache, start: int, end: int, position: int) -> None:
+        self.cache = cache
+        self.start = start
+        self.end = end
+        self.position = position
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def mask(self, first: int, width: int, window: int | None) -> Tensor:
+        """Keys a query must not see, [Q, width] bool, for keys at [first, first + width). One for all layers."""
+        mask = self._masks.get((first, window))
+        if mask is None:
+            keys = torch.arange(first, first + width)
+            queries = torch.arange(self.position, self.position + self.end - self.start)[:, None]
+            mask = keys > queries
+            if window:
+                mask |= keys <= queries - window
+            self._masks[first, window] = mask
+        return mask
+
+
+class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a packed step: hands each span's new rows to its session."""
+
+    is_sliding = False
+
+    def __init__(self, layer: int, spans: list[PackedSpan]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.spans = spans
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to make: the sessions own the memory."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [1, G, N, D]; the attention function reads the sessions' memory itself."""
+        keys, values = key_states[0], value_states[0]
+        for span in self.spans:
+            rows = slice(span.start, span.end)
+            span.cache.write(self.layer, span.position, keys[:, rows], values[:, rows])
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """The transformers Cache of one packed step over any number of sessions."""
+
+    def __init__(self, n_layers: int, spans: list[PackedSpan]) -> None:
+        super().__init__(layers=[PackedLayer(layer, spans) for layer in range(n_layers)])
+        self.spans = spans

@@ -1,0 +1,94 @@
+"""Settings of the daemon: the only reader of its environment (`SESSIOND_*`) and of its token file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from sessiond.errors import InvalidConfig
+
+GIB = 1 << 30
+
+
+def default_data_dir() -> Path:
+    """$XDG_DATA_HOME/sessiond, else ~/.local/share/sessiond."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "sessiond"
+
+
+class Settings(BaseSettings):
+    """Frozen. Every field is also an environment variable SESSIOND_<NAME> and a flag of `sessiond serve`."""
+
+    model_config = SettingsConfigDict(env_prefix="SESSIOND_", frozen=True, extra="forbid")
+
+    # What is served, and where its memory lives.
+    model: str = Field("smollm2", description="Known name, transformers directory, GGUF file or hub id.")
+    data_dir: Path = Field(default_factory=default_data_dir, description="Token log and KV; one daemon at a time.")
+    database_url: str | None = Field(None, description="SQL catalog; default is SQLite inside the data directory.")
+
+    # Who may connect.
+    listen: str = Field("127.0.0.1:7431", description="host:port; port 0 takes a free one.")
+    insecure_allow_remote: bool = Field(False, description="Bind beyond loopback without TLS.")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain of the server.")
+    tls_key: Path | None = Field(None, description="PEM private key of the server.")
+    tls_client_ca: Path | None = Field(None, description="PEM roots; clients must then present a certificate.")
+    auth_tokens: Path | None = Field(None, description="JSON file {bearer token: tenant}.")
+    trust_tenant_metadata: bool = Field(False, description="Take the tenant from `sessiond-tenant` metadata.")
+    reflection: bool | None = Field(None, description="gRPC reflection; default: only on loopback.")
+
+    # How it computes.
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Weights and KV; auto: as stored.")
+    cell_tokens: int = Field(128, description="Unit of canonical computation; fixed when a data directory is made.")
+    seal: bool = Field(True, description="Recompute provisional KV canonically while idle.")
+
+    # What it keeps in memory, and for how long.
+    memory_budget_bytes: int = Field(8 * GIB, ge=1 << 20, description="KV in RAM; idle sessions leave beyond it.")
+    idle_seconds: float = Field(600.0, gt=0, description="An idle session leaves memory after this.")
+    max_queued_turns: int = Field(256, ge=1)
+
+    # Turns and their durability.
+    detached_turn_seconds: float = Field(60.0, ge=0, description="A turn nobody listens to runs on for this.")
+    stream_before_log: bool = Field(False, description="Stream tokens before they are durable, at your risk.")
+    delete_retention_seconds: float = Field(7 * 86400.0, ge=0, description="Soft-deleted sessions are kept for this.")
+    sweep_seconds: float = Field(5.0, gt=0, description="How often expiry and idleness are looked at.")
+    drain_seconds: float = Field(30.0, ge=0, description="SIGTERM lets running turns go on for this.")
+
+    @field_validator("cell_tokens")
+    @classmethod
+    def _cell(cls, value: int) -> int:
+        if value not in (128, 256):
+            raise ValueError("cell_tokens is 128 or 256")
+        return value
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError("listen is host:port with a port of 0 to 65535")
+        return value
+
+    @property
+    def host(self) -> str:
+        return self.listen.rpartition(":")[0].strip("[]")
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+
+
+def read_auth_tokens(path: Path) -> dict[str, str]:
+    """Bearer token -> tenant. Raises InvalidConfig when the file is not a JSON object of strings."""
+    try:
+        tokens = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"auth token file {path}: {error}") from error
+    if not isinstance(tokens, dict) or not all(isinstance(t, str) and t for kv in tokens.items() for t in kv):
+        raise InvalidConfig(f"auth token file {path} is not a JSON object of token: tenant")
+    return tokens

@@ -1,0 +1,88 @@
+"""The engine thread: owns model, caches and tensors; takes work through a queue, hands results back once a step."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+
+from sessiond.model import Model
+from sessiond.scheduler import Counters, Event, Scheduler, SealWork, TurnWork
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Runs a Scheduler on its own thread. Every method may be called from any thread.
+
+    `deliver` is called on the engine thread with the events of one step; it must only hand them over.
+    """
+
+    def __init__(self, model: Model, cell_tokens: int, threads: int, deliver: Callable[[list[Event]], None]) -> None:
+        self.model = model
+        self._scheduler = Scheduler(model, cell_tokens)
+        self._threads = threads
+        self._deliver = deliver
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def counters(self) -> Counters:
+        return self._scheduler.counters
+
+    @property
+    def running_turns(self) -> int:
+        return len(self._scheduler.decoding) + len(self._scheduler.prefilling)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the current step. Work still queued is dropped: its tokens are in the log."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def submit(self, work: TurnWork) -> None:
+        self._inbox.put(lambda: self._scheduler.add(work))
+
+    def cancel(self, turn_id: str) -> None:
+        self._inbox.put(lambda: self._emit(self._scheduler.cancel(turn_id)))
+
+    def seal(self, work: SealWork) -> None:
+        self._inbox.put(lambda: self._scheduler.sealing.append(work))
+
+    def cancel_seal(self, owner: str) -> None:
+        self._inbox.put(lambda: self._scheduler.cancel_seal(owner))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` between two steps, on the engine thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:  # noqa: BLE001 - carried to the caller whole
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def _emit(self, events: list[Event]) -> None:
+        if events:
+            self._deliver(events)
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)
+        while True:
+            while not self._inbox.empty() or self._scheduler.idle:
+                command = self._inbox.get()
+                if command is None:
+                    return
+                command()
+            self._emit(self._scheduler.step())

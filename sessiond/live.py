@@ -1,0 +1,79 @@
+"""A session while the daemon works with it: history in memory, KV if hot, and the single-writer lease."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sessiond.cache import SessionCache
+from sessiond.lifecycle import Event, State, advance
+from sessiond.storage.log import LogStore
+from sessiond.storage.records import RevisionRecord, SessionRecord
+from sessiond.tiers import Ids
+
+if TYPE_CHECKING:
+    from sessiond.turn import Turn
+
+
+@dataclass(slots=True)
+class Live:
+    """State of one session in this process. Changed only on the event loop, by the holder of `lease`."""
+
+    tenant: str
+    session_id: str
+    lease: asyncio.Lock = field(default_factory=asyncio.Lock)
+    state: State = State.COLD
+    cache: SessionCache | None = None
+    head: str = ""
+    chain: list[RevisionRecord] = field(default_factory=list)
+    ids: Ids = field(default_factory=lambda: np.zeros(0, np.uint32))
+    persisted: int = 0
+    turn: Turn | None = None
+    settling: asyncio.Task[None] | None = None
+    last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def owner(self) -> str:
+        """Name of this session's sealing work in the engine."""
+        return f"{self.tenant}/{self.session_id}"
+
+    def load_history(self, log: LogStore, head: str) -> None:
+        """Read the branch that ends at `head`. No-op if it is the one in memory. Raises RecordCorrupt."""
+        if self.head == head:
+            return
+        chain, ids = read_branch(log, self.tenant, head)
+        self.head, self.chain, self.ids = head, chain, ids
+
+    def advance(self, event: Event) -> None:
+        self.state = advance(self.state, event)
+
+    def drop_cache(self) -> int:
+        """Leave memory; returns the bytes freed. The lease must be held and everything worth keeping persisted."""
+        freed = self.cache.nbytes if self.cache else 0
+        if self.state is State.HOT:
+            self.advance(Event.SUSPEND)
+        self.cache = None
+        return freed
+
+
+def read_branch(log: LogStore, tenant: str, head: str) -> tuple[list[RevisionRecord], Ids]:
+    """Revisions root..head and their joined token ids. Raises RevisionNotFound or RecordCorrupt."""
+    chain = log.chain(tenant, head)
+    parts = [log.tokens(tenant, r.revision_id, r.log_end - r.log_start)[0] for r in chain]
+    return chain, np.concatenate(parts) if parts else np.zeros(0, np.uint32)
+
+
+def touched(record: SessionRecord, now_us: int) -> SessionRecord:
+    """The record after use: `last_used` moves, and with a ttl the expiry too. The etag stays."""
+    expire = now_us + record.ttl_us if record.ttl_us is not None else record.expire_us
+    return replace(record, last_used_us=now_us, expire_us=expire)
+
+
+def computed_upto(chain: Sequence[RevisionRecord]) -> int:
+    """Positions of this branch whose KV has been computed at some time: less than the log by what was never fed."""
+    return max((int(r.extra.get("computed", 0)) for r in chain), default=0)

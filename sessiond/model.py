@@ -1,0 +1,119 @@
+"""Load a transformers model and run one packed forward step over any number of sessions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from sessiond import attention
+from sessiond.cache import PackedCache, PackedSpan, SessionCache
+from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
+from sessiond.types import KVShape
+
+# Architectures proven against transformers' own generate (tests/test_architectures.py).
+SUPPORTED = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+_DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Token ids of one session to compute at [position, position + len(ids))."""
+
+    cache: SessionCache
+    ids: Sequence[int]
+    position: int
+
+
+class Model:
+    """A causal language model whose attention and cache are ours. Not thread-safe: the engine thread owns it."""
+
+    def __init__(self, module: Any) -> None:
+        config = module.config.get_text_config()
+        if config.model_type not in SUPPORTED:
+            raise ModelUnsupported(
+                f"architecture {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}",
+                architecture=config.model_type,
+            )
+        attention.register()
+        module.set_attn_implementation(attention.NAME)
+        self.module = module.eval()
+        self.config: PreTrainedConfig = config
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = config.max_position_embeddings
+        self.shape = KVShape(
+            n_layers=config.num_hidden_layers,
+            n_kv_heads=config.num_key_value_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=_DTYPE_NAMES[module.dtype],
+        )
+        self._scratch = attention.Scratch()
+
+    @classmethod
+    def load(cls, path: Path, dtype: torch.dtype | None = None) -> Model:
+        """Read a transformers directory (safetensors). Raises ModelMissing, ModelCorrupt or ModelUnsupported."""
+        if not (path / "config.json").is_file():
+            raise ModelMissing(f"{path} holds no config.json", path=path)
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelCorrupt(f"{path}/config.json cannot be read: {error}", path=path) from error
+        if config.get_text_config().model_type not in SUPPORTED:
+            raise ModelUnsupported(
+                f"architecture {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}",
+                architecture=config.model_type,
+            )
+        try:
+            module = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            )
+        except Exception as error:  # noqa: BLE001 - safetensors and transformers raise many kinds for a bad file
+            raise ModelCorrupt(f"{path} cannot be loaded: {error}", path=path) from error
+        return cls(module)
+
+    def new_cache(self) -> SessionCache:
+        return SessionCache(self.shape, self.max_context)
+
+    @torch.inference_mode()
+    def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
+        """Compute all feeds in one packed forward and write their KV into their caches (whose `length` stays).
+
+        Returns logits [len(logit_rows), V] in fp32 of the given rows of the packed sequence.
+        """
+        ids: list[int] = []
+        positions: list[int] = []
+        spans: list[PackedSpan] = []
+        for feed in feeds:
+            spans.append(PackedSpan(feed.cache, len(ids), len(ids) + len(feed.ids), feed.position))
+            ids.extend(feed.ids)
+            positions.extend(range(feed.position, feed.position + len(feed.ids)))
+        output = self.module(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.tensor([positions]),
+            past_key_values=PackedCache(self.shape.n_layers, spans),
+            use_cache=True,
+            logits_to_keep=torch.tensor(logit_rows, dtype=torch.long),
+            packed=attention.PackedStep(spans, self._scratch),
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+
+def numerics_profile(threads: int) -> dict[str, str]:
+    """What bit-equality depends on beside identity: recorded with every cell."""
+    return {
+        "torch": torch.__version__,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+        "threads": str(threads),
+        "attention": "torch-mm-per-group",
+        "mkldnn": str(torch.backends.mkldnn.is_available()),
+        "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
+    }

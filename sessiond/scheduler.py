@@ -1,0 +1,293 @@
+"""Which work runs in the next step: one prefill piece, then one packed decode of all turns; sealing when idle.
+
+A prefill is cut into pieces (`plan_prefill`). Where at least a whole cell is new, cells are computed canonically: each
+in a forward of its own, on top of sealed cells only, so that its KV is sealed at once. A short input is computed as it
+is, provisionally, and sealed later off the token path.
+
+    [0, sealed)                canonical
+    [sealed, length)           provisional; recomputed by the first canonical piece that covers it
+    [length, len(tokens))      to be computed by this turn
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sessiond.cache import SessionCache
+from sessiond.model import Feed, Model
+from sessiond.sampling import Sampled, Sampler
+from sessiond.textstream import StopHit, TextStream
+from sessiond.types import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Positions [start, end) computed in one forward."""
+
+    start: int
+    end: int
+    canonical: bool
+
+
+def plan_prefill(sealed: int, length: int, target: int, cell_tokens: int, seal: bool) -> list[Piece]:
+    """Pieces that bring a cache from `length` to `target` positions (see the drawing above)."""
+    if target - length < cell_tokens:
+        return [Piece(length, target, False)] if target > length else []
+    start = sealed if seal else length
+    pieces = []
+    while start < target:
+        end = min(start // cell_tokens * cell_tokens + cell_tokens, target)
+        pieces.append(Piece(start, end, seal and end - start == cell_tokens))
+        start = end
+    return pieces
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOut:
+    """One sampled token on its way to the log and the client. `text` may lag behind (UTF-8, stop strings)."""
+
+    turn_id: str
+    index: int
+    sampled: Sampled
+    text: str
+    text_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """The prompt is computed; `computed` positions were fed, `recomputed` of them had been computed before."""
+
+    turn_id: str
+    computed: int
+    recomputed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """The turn takes part in no further step. `error` only when a step raised."""
+
+    turn_id: str
+    reason: FinishReason
+    stop_hit: StopHit | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CellSealed:
+    """Cell `index` of a session became sealed."""
+
+    owner: str
+    index: int
+
+
+Event = TokenOut | Prefilled | Ended | CellSealed
+
+
+class TurnWork:
+    """A turn as the engine sees it: tokens to compute, then tokens to sample.
+
+    `tokens`: all log tokens up to the end of the prompt. `logged`: tokens this turn generated before it was interrupted;
+    they are fed one at a time, as they were when they were sampled, so that sampling goes on as if nothing had happened.
+    """
+
+    def __init__(
+        self,
+        turn_id: str,
+        cache: SessionCache,
+        tokens: Sequence[int],
+        logged: Sequence[int],
+        *,
+        cell_tokens: int,
+        seal: bool,
+        known: int,
+        max_new: int,
+        max_context: int,
+        stop_ids: frozenset[int],
+        sampler: Sampler,
+        stream: TextStream,
+    ) -> None:
+        self.turn_id = turn_id
+        self.cache = cache
+        self.tokens = tokens
+        self.known = known
+        self.max_new = max_new
+        self.max_context = max_context
+        self.stop_ids = stop_ids
+        self.sampler = sampler
+        self.stream = stream
+        self.generated = len(logged)
+        self.pieces = deque(plan_prefill(cache.sealed, cache.length, len(tokens), cell_tokens, seal))
+        if not self.pieces:
+            # nothing to compute (CONTINUE): the last token is fed again, for its logits
+            cache.length = min(cache.length, len(tokens) - 1)
+            self.pieces.append(Piece(len(tokens) - 1, len(tokens), False))
+        self.pending: deque[int] = deque(logged)
+        self._computed = 0
+        self._recomputed = 0
+        for token in logged:
+            sampler.accept(token)
+            stream.push(token)
+
+    def after_piece(self, piece: Piece) -> list[Event]:
+        self.cache.length = piece.end
+        if piece.canonical:
+            self.cache.sealed = piece.end
+        self._computed += piece.end - piece.start
+        self._recomputed += max(0, min(piece.end, self.known) - piece.start)
+        return [] if self.pieces else [Prefilled(self.turn_id, self._computed, self._recomputed)]
+
+    def accept(self, sampled: Sampled) -> tuple[list[Event], bool]:
+        """Take a sampled token; returns the events and whether the turn is over."""
+        token, index = sampled.token_id, self.generated
+        self.generated += 1
+        self.pending.append(token)
+        self.sampler.accept(token)
+        reason, hit = None, None
+        if token in self.stop_ids:
+            reason = FinishReason.STOP
+            delta = self.stream.flush()
+        else:
+            delta = self.stream.push(token)
+            hit = self.stream.stopped
+            if hit is not None:
+                reason = FinishReason.STOP
+            elif self.generated >= self.max_new:
+                reason = FinishReason.LENGTH
+            elif self.cache.length + 1 >= self.max_context:
+                reason = FinishReason.CONTEXT_FULL
+        text = delta.text
+        if reason is not None and hit is None and token not in self.stop_ids:
+            text += self.stream.flush().text
+        events: list[Event] = [TokenOut(self.turn_id, index, sampled, text, delta.byte_offset)]
+        if reason is not None:
+            events.append(Ended(self.turn_id, reason, hit))
+        return events, reason is not None
+
+
+@dataclass(slots=True)
+class SealWork:
+    """Cells [cache.sealed, upto) of a session to be computed canonically, one cell a step, when no turn wants the model."""
+
+    owner: str
+    cache: SessionCache
+    tokens: Sequence[int]
+    upto: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start, in tokens or steps."""
+
+    prefilled: int = 0
+    recomputed: int = 0
+    decoded: int = 0
+    sealed: int = 0
+    steps: int = 0
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """The queue of the engine thread; every method runs on it."""
+
+    model: Model
+    cell_tokens: int
+    prefilling: deque[TurnWork] = field(default_factory=deque)
+    decoding: list[TurnWork] = field(default_factory=list)
+    sealing: deque[SealWork] = field(default_factory=deque)
+    counters: Counters = field(default_factory=Counters)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.prefilling or self.decoding or self.sealing)
+
+    def add(self, work: TurnWork) -> None:
+        self.prefilling.append(work)
+
+    def cancel(self, turn_id: str) -> list[Event]:
+        """Take a turn out between steps. Its KV stays; tokens sampled so far were delivered."""
+        for queue in (self.prefilling, self.decoding):
+            for work in list(queue):
+                if work.turn_id == turn_id:
+                    queue.remove(work)
+                    return [Ended(turn_id, FinishReason.ABORTED)]
+        return []
+
+    def cancel_seal(self, owner: str) -> None:
+        self.sealing = deque(work for work in self.sealing if work.owner != owner)
+
+    def step(self) -> list[Event]:
+        """Run the next piece of work: a prefill piece and a decode step, or else one cell to seal."""
+        events: list[Event] = []
+        if self.prefilling:
+            events += self._guarded([self.prefilling[0]], self._prefill)
+        if self.decoding:
+            events += self._guarded(list(self.decoding), self._decode)
+        elif not events and not self.prefilling and self.sealing:
+            events += self._seal()
+        self.counters.steps += 1
+        return events
+
+    def _guarded(self, works: list[TurnWork], run: Callable[[list[TurnWork]], list[Event]]) -> list[Event]:
+        """A step that raises ends its turns with the error; other sessions and the thread go on."""
+        try:
+            return run(works)
+        except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
+            for work in works:
+                if work in self.prefilling:
+                    self.prefilling.remove(work)
+                if work in self.decoding:
+                    self.decoding.remove(work)
+            return [Ended(work.turn_id, FinishReason.ABORTED, error=error) for work in works]
+
+    def _prefill(self, works: list[TurnWork]) -> list[Event]:
+        work = works[0]
+        piece = work.pieces.popleft()
+        last = not work.pieces
+        wants_token = last and not work.pending
+        feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start)
+        logits = self.model.step([feed], [piece.end - piece.start - 1] if wants_token else [])
+        events = work.after_piece(piece)
+        self.counters.prefilled += piece.end - piece.start
+        if last:
+            self.prefilling.popleft()
+            over = False
+            if wants_token:
+                sampled = work.sampler.sample(logits[0], work.generated)
+                more, over = work.accept(sampled)
+                events += more
+            if not over:
+                self.decoding.append(work)
+        elif len(self.prefilling) > 1:
+            self.prefilling.rotate(-1)
+        return events
+
+    def _decode(self, works: list[TurnWork]) -> list[Event]:
+        feeds = [Feed(work.cache, [work.pending.popleft()], work.cache.length) for work in works]
+        rows = [row for row, work in enumerate(works) if not work.pending]
+        logits = self.model.step(feeds, rows)
+        for work in works:
+            work.cache.length += 1
+        self.counters.decoded += len(rows)
+        events: list[Event] = []
+        for i, row in enumerate(rows):
+            work = works[row]
+            more, over = work.accept(work.sampler.sample(logits[i], work.generated))
+            events += more
+            if over:
+                self.decoding.remove(work)
+        return events
+
+    def _seal(self) -> list[Event]:
+        work = self.sealing[0]
+        cache, start = work.cache, work.cache.sealed
+        if start + self.cell_tokens > work.upto:
+            self.sealing.popleft()
+            return [CellSealed(work.owner, -1)]
+        end = start + self.cell_tokens
+        self.model.step([Feed(cache, work.tokens[start:end], start)], [])
+        cache.sealed = end
+        cache.length = max(cache.length, end)
+        self.counters.sealed += self.cell_tokens
+        return [CellSealed(work.owner, start // self.cell_tokens)]

@@ -1,0 +1,459 @@
+"""One turn from request to commit.
+
+The prompt is durable before the engine starts; a token is durable before it is streamed; the revision, the session's new
+head and the finished request are one transaction before `Finished`. A process that dies in between leaves a running
+request, which goes on from its last logged token when the client comes back with its request_id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import structlog
+
+from sessiond.desk import Desk
+from sessiond.errors import SessiondError
+from sessiond.lifecycle import Event as Change
+from sessiond.live import Live, computed_upto, touched
+from sessiond.messages import encode_messages
+from sessiond.sampling import Sampled, Sampler, SamplingParams
+from sessiond.scheduler import Ended, Event, Prefilled, TokenOut, TurnWork
+from sessiond.storage.batch import LogBatch
+from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecord
+from sessiond.template import Message
+from sessiond.tiers import Recompute, Restoration
+from sessiond.types import FinishReason
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The turn is in the log. `new` prompt positions are computed by it, `reused` are not."""
+
+    base_revision: str
+    turn_revision: str
+    new: int
+    reused: int
+    drift: bool
+    attachment: str
+    log_start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Durable tokens `first_index`.. and the text they complete, at `text_offset` bytes of the answer."""
+
+    first_index: int
+    text_offset: int
+    sampled: tuple[Sampled, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The turn is a revision (or, aborted without commit, is not: `revision` is then empty)."""
+
+    revision: str
+    reason: FinishReason
+    stop: str
+    committed: int
+    usage: dict[str, int]
+    ttft_ms: float
+    tokens_per_second: float
+    answer: str
+    memory: dict[str, int] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "revision": self.revision,
+            "reason": str(self.reason),
+            "stop": self.stop,
+            "committed": self.committed,
+            "usage": self.usage,
+            "ttft_ms": self.ttft_ms,
+            "tokens_per_second": self.tokens_per_second,
+            "answer": self.answer,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Finished:
+        return cls(**{**value, "reason": FinishReason(value["reason"])})
+
+
+TurnEvent = Accepted | Restoration | Tokens | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPlan:
+    """What a turn will do, settled before anything is written."""
+
+    record: SessionRecord
+    request: RequestRecord
+    prompt: list[int]
+    flags: list[int]
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    kind: str = "turn"
+    drift: bool = False
+    logged: tuple[int, ...] = ()
+    attachment: str = "started"
+    abort_on_disconnect: bool = False
+
+
+class Turn:
+    """A running turn. Any number of clients may listen; it runs on without any, for a while."""
+
+    def __init__(self, desk: Desk, live: Live, plan: TurnPlan) -> None:
+        self.desk = desk
+        self.live = live
+        self.plan = plan
+        self.turn_id = plan.request.revision_id
+        self.began = time.perf_counter()
+        self.accepted: Accepted | None = None
+        self.restored: Restoration | None = None
+        self.finished: Finished | None = None
+        self.failure: SessiondError | None = None
+        self.generated: list[int] = list(plan.logged)
+        self._published: list[Tokens] = []
+        self._first_token_at = 0.0
+        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._listeners: set[asyncio.Event] = set()
+        self._detach_timer: asyncio.TimerHandle | None = None
+        self._outcome = "commit"
+        self._stream = desk.new_stream(plan.sampling)
+
+    # --- what clients do -----------------------------------------------------------------------------------------
+
+    async def events(self, resume_after: int, attachment: str) -> AsyncIterator[TurnEvent]:
+        """The turn's events for one client, tokens from index `resume_after` on. Raises what the turn failed with."""
+        wake = asyncio.Event()
+        self._listeners.add(wake)
+        if self._detach_timer:
+            self._detach_timer.cancel()
+            self._detach_timer = None
+        try:
+            sent_accepted = sent_restored = False
+            position = 0
+            while True:
+                wake.clear()
+                if self.accepted and not sent_accepted:
+                    sent_accepted = True
+                    yield replace(self.accepted, attachment=attachment)
+                if self.restored and sent_accepted and not sent_restored:
+                    sent_restored = True
+                    yield self.restored
+                while position < len(self._published):
+                    tokens = self._published[position]
+                    position += 1
+                    if tokens.first_index >= resume_after:
+                        yield tokens
+                if self.failure:
+                    raise self.failure
+                if self.finished:
+                    yield self.finished
+                    return
+                if position == len(self._published):
+                    await wake.wait()
+        finally:
+            self._listeners.discard(wake)
+            if not self._listeners and not self.over:
+                self._detached()
+
+    @property
+    def over(self) -> bool:
+        return self.finished is not None or self.failure is not None or self._ended.done()
+
+    def stop(self, outcome: str) -> None:
+        """End the turn at the next step. `outcome`: commit (as aborted), discard, or suspend."""
+        if not self.over:
+            self._outcome = outcome
+            self.desk.engine.cancel(self.turn_id)
+
+    async def done(self) -> None:
+        """Wait until the turn has committed, failed or been suspended, and released the lease."""
+        async with self.live.lease:
+            pass
+
+    def _detached(self) -> None:
+        if self.plan.abort_on_disconnect:
+            self.stop("discard")
+            return
+        loop = asyncio.get_running_loop()
+        self._detach_timer = loop.call_later(self.desk.settings.detached_turn_seconds, self.stop, "suspend")
+
+    def _wake(self) -> None:
+        for listener in self._listeners:
+            listener.set()
+
+    # --- what the turn does --------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Run to the end. The caller holds the lease and releases it afterwards."""
+        try:
+            await self._start()
+            ended = await self._ended
+            if ended.error is not None:
+                raise ended.error
+            await self._finish(ended)
+        except SessiondError as error:
+            await self._fail(error)
+        except Exception as error:  # noqa: BLE001 - a turn's boundary: log it, tell the client, keep the daemon
+            log.exception("turn failed", turn=self.turn_id)
+            await self._fail(SessiondError(f"the turn failed: {error}"))
+        finally:
+            self.desk.turns.pop(self.turn_id, None)
+            if self._detach_timer:
+                self._detach_timer.cancel()
+            self._wake()
+
+    async def _start(self) -> None:
+        plan, live = self.plan, self.live
+        durable = self.desk.store.log.write(self._opening()) if plan.attachment == "started" else None
+        if live.cache is None:
+            self.restored = await self.desk.warm(live)
+        else:
+            live.advance(Change.LEASE)
+        if durable is not None:
+            await asyncio.wrap_future(durable)
+        assert live.cache is not None
+        tokens = [*live.ids.tolist(), *plan.prompt]
+        sampler = Sampler(plan.sampling, self.desk.vocab_size, tokens)
+        known = max(computed_upto(live.chain), live.cache.length)
+        work = TurnWork(
+            self.turn_id,
+            live.cache,
+            tokens,
+            plan.logged,
+            cell_tokens=self.desk.store.cell_tokens,
+            seal=plan.record.seal,
+            known=min(known, len(live.ids)),
+            max_new=plan.sampling.max_tokens or self.desk.max_context,
+            max_context=self.desk.max_context,
+            stop_ids=self.desk.stop_ids | frozenset(plan.sampling.stop_token_ids),
+            sampler=sampler,
+            stream=self._stream,
+        )
+        self._published.extend(work.replayed)
+        computed = sum(piece.end - piece.start for piece in work.pieces)
+        if self.restored is not None:
+            self._explain_restoration(self.restored, work)
+        self.accepted = Accepted(
+            base_revision=plan.request.base_revision,
+            turn_revision=self.turn_id,
+            new=computed,
+            reused=len(tokens) - computed,
+            drift=plan.drift,
+            attachment=plan.attachment,
+            log_start=len(live.ids),
+        )
+        self._wake()
+        self.desk.turns[self.turn_id] = self
+        if plan.kind == "append":
+            self._ended.set_result(Ended(self.turn_id, FinishReason.STOP))
+        else:
+            self.desk.engine.submit(work)
+
+    def _opening(self) -> LogBatch:
+        """Request, prompt and the session's pointer to them, in one transaction."""
+        plan, batch = self.plan, LogBatch()
+        tenant = plan.record.tenant
+        batch.put_request(plan.request)
+        if plan.prompt:
+            ids, flags = np.array(plan.prompt, np.uint32), np.array(plan.flags, np.uint8)
+            batch.append_tokens(tenant, self.turn_id, 0, ids, flags)
+        extra = {**plan.record.extra, "open_request": plan.request.request_id}
+        batch.put_session(replace(plan.record, extra=extra))
+        return batch
+
+    def _explain_restoration(self, restored: Restoration, work: TurnWork) -> None:
+        missing = max(0, work.known - restored.tokens_restored)
+        if missing:
+            cause = "corrupt" if restored.corrupt else "not_persisted"
+            restored.recomputed.append(Recompute(cause, missing, restored.corrupt))
+
+    def deliver(self, event: Event) -> None:
+        """An event of the engine, on the event loop."""
+        if isinstance(event, TokenOut):
+            self._log_token(event)
+        elif isinstance(event, Ended) and not self._ended.done():
+            self._ended.set_result(event)
+        elif isinstance(event, Prefilled):
+            resealed = event.recomputed
+            if resealed and self.accepted and not self.restored:
+                log.debug("provisional tokens recomputed canonically", turn=self.turn_id, tokens=resealed)
+
+    def _log_token(self, event: TokenOut) -> None:
+        self.generated.append(event.sampled.token_id)
+        tokens = Tokens(event.index, event.text_offset, (event.sampled,), event.text)
+        batch = LogBatch()
+        start = len(self.plan.prompt) + event.index
+        batch.append_tokens(self.plan.record.tenant, self.turn_id, start, np.array([event.sampled.token_id], np.uint32))
+        durable = self.desk.store.log.write(batch)
+        if self.desk.settings.stream_before_log:
+            self._publish(tokens)
+        else:
+            loop = asyncio.get_running_loop()
+            durable.add_done_callback(lambda future: loop.call_soon_threadsafe(self._durable, future, tokens))
+
+    def _durable(self, future: Future[None], tokens: Tokens) -> None:
+        error = future.exception()
+        if error is None:
+            self._publish(tokens)
+            return
+        self.desk.engine.cancel(self.turn_id)
+        failure = error if isinstance(error, Exception) else SessiondError(str(error))
+        if not self._ended.done():
+            self._ended.set_result(Ended(self.turn_id, FinishReason.ABORTED, error=failure))
+
+    def _publish(self, tokens: Tokens) -> None:
+        if not self._first_token_at:
+            self._first_token_at = time.perf_counter()
+        self._published.append(tokens)
+        self._wake()
+
+    # --- how it ends ---------------------------------------------------------------------------------------------
+
+    async def _finish(self, ended: Ended) -> None:
+        if ended.reason is FinishReason.ABORTED and self._outcome != "commit":
+            await (self._suspend() if self._outcome == "suspend" else self._discard())
+            return
+        committed, answer, hit = self._cut(ended)
+        plan, live = self.plan, self.live
+        assert live.cache is not None and self.accepted is not None
+        history = len(live.ids)
+        kept = history + len(plan.prompt) + len(committed)
+        live.cache.truncate(min(live.cache.length, kept), self.desk.store.cell_tokens)
+        now = self.desk.now_us()
+        usage = {"new": self.accepted.new, "reused": self.accepted.reused, "generated": len(committed)}
+        revision = RevisionRecord(
+            tenant=plan.record.tenant,
+            revision_id=self.turn_id,
+            session_id=plan.record.session_id,
+            parent=plan.request.base_revision,
+            kind="append" if plan.kind == "append" else "turn",
+            log_start=history,
+            log_end=kept,
+            position_start=history,
+            position_end=kept,
+            n_prompt=len(plan.prompt),
+            n_generated=len(committed),
+            finish_reason=None if plan.kind == "append" else str(ended.reason),
+            aborted=ended.reason is FinishReason.ABORTED,
+            created_us=now,
+            request_id=plan.request.request_id,
+            usage=usage,
+            extra={"computed": live.cache.length, "ended": self._ended_how(committed)},
+        )
+        finished = self._summary(ended, hit, len(committed), usage, answer)
+        record = replace(
+            touched(plan.record, now),
+            head_revision=self.turn_id,
+            updated_us=now,
+            generation=plan.record.generation + 1,
+            extra={k: v for k, v in plan.record.extra.items() if k != "open_request"},
+        )
+        ids = [*plan.prompt, *committed]
+        batch = LogBatch()
+        batch.delete_revision(record.tenant, self.turn_id)
+        if ids:
+            flags = plan.flags + [0] * len(committed)
+            batch.append_tokens(record.tenant, self.turn_id, 0, np.array(ids, np.uint32), np.array(flags, np.uint8))
+        said = () if plan.kind == "append" else (Message("assistant", answer),)
+        batch.put_revision(revision, encode_messages(plan.messages, said))
+        batch.put_session(record, expect_generation=plan.record.generation)
+        state = "aborted" if revision.aborted else "finished"
+        batch.put_request(replace(plan.request, state=state, updated_us=now, finished=finished.to_json()))
+        await asyncio.wrap_future(self.desk.store.log.write(batch))
+        live.head, live.chain = self.turn_id, [*live.chain, revision]
+        live.ids = np.concatenate([live.ids, np.array(ids, np.uint32)])
+        self.finished = finished
+        self.desk.index(record)
+
+    def _cut(self, ended: Ended) -> tuple[list[int], str, str]:
+        """Tokens that stay in the log, the answer's text, and the stop string that ended it.
+
+        After a stop string the model remembers what the user saw: tokens wholly before it, and the visible part of a
+        token that it splits, encoded again.
+        """
+        if ended.stop_hit is None:
+            return self.generated, self.desk.decode(self.generated), ""
+        hit = ended.stop_hit
+        whole = self.generated[: hit.n_whole_tokens]
+        history = len(self.live.ids) + len(self.plan.prompt)
+        assert self.live.cache is not None
+        self.live.cache.truncate(history + len(whole), self.desk.store.cell_tokens)
+        committed = whole + (self.desk.encode(hit.visible_rest) if hit.visible_rest else [])
+        return committed, self.desk.decode(whole) + hit.visible_rest, hit.stop
+
+    def _ended_how(self, committed: list[int]) -> str:
+        if self.plan.kind == "append":
+            return "closed" if self.plan.messages else "raw"
+        return "stop_token" if committed and committed[-1] in self.desk.stop_ids else "open"
+
+    def _summary(
+        self, ended: Ended, stop: str, committed: int, usage: dict[str, int], answer: str
+    ) -> Finished:
+        now = time.perf_counter()
+        decoding = now - self._first_token_at if self._first_token_at else 0.0
+        count = len(self.generated) - len(self.plan.logged)
+        cache = self.live.cache
+        return Finished(
+            revision=self.turn_id,
+            reason=ended.reason,
+            stop=stop,
+            committed=committed,
+            usage=usage,
+            ttft_ms=(self._first_token_at - self.began) * 1e3 if self._first_token_at else 0.0,
+            tokens_per_second=(count - 1) / decoding if count > 1 and decoding > 0 else 0.0,
+            answer=answer,
+            memory={"device": cache.nbytes if cache else 0},
+        )
+
+    async def _suspend(self) -> None:
+        """Leave the request open: its tokens are in the log, its KV stays hot until the session idles."""
+        request = replace(self.plan.request, state="suspended", updated_us=self.desk.now_us())
+        batch = LogBatch()
+        batch.put_request(request)
+        await asyncio.wrap_future(self.desk.store.log.write(batch))
+        self.failure = self.desk.suspended_error(request)
+
+    async def _discard(self) -> None:
+        """Nothing of the turn stays in the log; the KV of its base does."""
+        await asyncio.wrap_future(self.desk.store.log.write(discard_batch(self.plan, self.desk.now_us())))
+        if self.live.cache:
+            self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
+        self.finished = Finished("", FinishReason.ABORTED, "", 0, {}, 0.0, 0.0, "")
+
+    async def _fail(self, error: SessiondError) -> None:
+        """Tell the client and the log. The session keeps its head."""
+        if self.live.cache:
+            self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
+        if self.accepted is not None:
+            try:
+                batch = discard_batch(self.plan, self.desk.now_us(), {"reason": error.reason, "message": error.message})
+                await asyncio.wrap_future(self.desk.store.log.write(batch))
+            except SessiondError as second:
+                log.error("failed turn could not be closed in the log", turn=self.turn_id, error=second.message)
+        self.failure = error
+
+
+def discard_batch(plan: TurnPlan, now_us: int, failed: dict[str, str] | None = None) -> LogBatch:
+    """Close a turn's request without a revision: drop its tokens and the session's pointer to it."""
+    batch = LogBatch()
+    batch.delete_revision(plan.record.tenant, plan.request.revision_id)
+    extra = {k: v for k, v in plan.record.extra.items() if k != "open_request"}
+    batch.put_session(replace(plan.record, extra=extra))
+    if failed:
+        batch.put_request(replace(plan.request, state="failed", updated_us=now_us, finished={"error": failed}))
+    else:
+        none = Finished("", FinishReason.ABORTED, "", 0, {}, 0.0, 0.0, "")
+        batch.put_request(replace(plan.request, state="aborted", updated_us=now_us, finished=none.to_json()))
+    return batch

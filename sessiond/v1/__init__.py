@@ -1,0 +1,1 @@
+"""Generated from proto/sessiond/v1 by `python proto/generate.py`. Do not edit."""

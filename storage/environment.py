@@ -1,0 +1,256 @@
+"""One LMDB environment: short reads from any thread, writes through one writer thread with group commit.
+
+The group is what arrived while the previous transaction was being made durable; no timer waits for more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import lmdb
+
+from sessiond import errors
+from sessiond.storage.failures import from_lmdb, is_out_of_space
+
+LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
+QUEUED_BATCHES = 1024
+MAX_TXN_BYTES = 8 << 20
+DEFAULT_RESERVE_BYTES = 64 << 20
+
+WriteTxn: TypeAlias = "lmdb.Transaction[bytes]"
+ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
+Op = Callable[[WriteTxn], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentStat:
+    """Sizes in bytes. `file_bytes` never shrinks; `used_bytes` counts pages that are not free."""
+
+    entries: int
+    used_bytes: int
+    file_bytes: int
+    map_bytes: int
+    commits: int
+    batches: int
+
+
+@dataclass(slots=True)
+class _Batch:
+    ops: Sequence[Op]
+    n_bytes: int
+    frees: bool
+    done: Future[None]
+
+
+class Environment:
+    """An open environment in the folder `path`.
+
+    Thread-safe. Must not be used across fork(). After a failed commit or fsync it takes no more writes
+    (StoreReadOnly) until reopened; reads go on.
+    """
+
+    def __init__(self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES) -> None:
+        """Raises DataDirectoryReadOnly, DiskFull or StoreReadOnly if it cannot be opened."""
+        self._path = path
+        self._reserve_bytes = reserve_bytes
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)  # lmdb.open would give the folder the file's mode
+            self._env = lmdb.open(
+                path, map_size=map_bytes, lib_version=LIB_VERSION, max_readers=1024, max_spare_txns=16,
+                writemap=False, sync=True, metasync=True, readahead=True, mode=0o600,
+            )  # fmt: skip
+            self._env.reader_check()  # readers of a killed daemon would pin old pages
+        except (lmdb.Error, OSError) as exc:
+            raise from_lmdb(exc, f"cannot open {os.path.basename(path)}", opening=True) from exc
+        self._queue: queue.Queue[_Batch | None] = queue.Queue(QUEUED_BATCHES)
+        self._submit_lock = threading.Lock()
+        self._readers = 0
+        self._idle = threading.Condition()
+        self._closed = False
+        self._failed: BaseException | None = None
+        self._commits = self._batches = 0
+        self._writer = threading.Thread(
+            target=self._run, name=f"writer-{os.path.basename(path)}", daemon=True
+        )
+        self._writer.start()
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[ReadTxn]:
+        """A read transaction whose values are memoryviews, valid inside the `with` block only.
+
+        Keep the block short: a pinned reader makes the file grow. Raises Draining after close().
+        """
+        with self._idle:
+            if self._closed:
+                raise errors.Draining("the store is closed")
+            self._readers += 1
+        try:
+            with self._env.begin(buffers=True) as txn:
+                yield txn
+        except lmdb.Error as exc:
+            raise from_lmdb(exc, "read failed") from exc
+        finally:
+            with self._idle:
+                self._readers -= 1
+                if self._closed:
+                    self._idle.notify_all()
+
+    def submit(self, ops: Sequence[Op], n_bytes: int, *, frees: bool = False) -> Future[None]:
+        """Queue one atomic batch; blocks while the queue is full.
+
+        The future resolves when the batch is durable and cannot be cancelled: what was accepted is carried
+        out. It fails with what an op raised (that batch only), DiskFull, or StoreReadOnly. `frees` marks a
+        batch that gives space back and is let through below the reserve. Raises Draining after close().
+        """
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        with self._submit_lock:
+            if self._closed:
+                raise errors.Draining("the store is closed")
+            self._queue.put(_Batch(ops, n_bytes, frees, done))
+        return done
+
+    def close(self) -> None:
+        """Write what is queued, wait for readers, close. Idempotent."""
+        with self._submit_lock:
+            if self._closed:
+                return
+            with self._idle:
+                self._closed = True
+            self._queue.put(None)
+        self._writer.join()
+        with self._idle:
+            self._idle.wait_for(lambda: self._readers == 0)
+        self._env.close()
+
+    def stat(self) -> EnvironmentStat:
+        with self.read() as txn:
+            tree, info = txn.stat(self._env.open_db(None, txn)), self._env.info()
+        pages = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"]
+        return EnvironmentStat(
+            entries=tree["entries"],
+            used_bytes=pages * tree["psize"],
+            file_bytes=(info["last_pgno"] + 1) * tree["psize"],
+            map_bytes=info["map_size"],
+            commits=self._commits,
+            batches=self._batches,
+        )
+
+    def free_bytes(self) -> int:
+        """Free space of the file system that holds the environment."""
+        fs = os.statvfs(self._path)
+        return fs.f_bavail * fs.f_frsize
+
+    @property
+    def read_only(self) -> bool:
+        """True after a failed commit."""
+        return self._failed is not None
+
+    def _run(self) -> None:
+        carried: _Batch | None = None
+        stopping = False
+        while carried is not None or not stopping:
+            first = carried if carried is not None else self._queue.get()
+            carried = None
+            if first is None:
+                return
+            group, size = [first], first.n_bytes
+            while not stopping:
+                try:
+                    more = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if more is None:
+                    stopping = True
+                elif size + more.n_bytes > MAX_TXN_BYTES:
+                    carried = more
+                    break
+                else:
+                    group.append(more)
+                    size += more.n_bytes
+            try:
+                self._commit(group)
+            except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
+                self._fail([batch for batch in group if not batch.done.done()], exc)
+
+    def _commit(self, group: list[_Batch]) -> None:
+        if self._failed is not None:
+            reason = f"an earlier write failed ({self._failed}); restart the daemon"
+            for batch in group:
+                batch.done.set_exception(errors.StoreReadOnly(reason))
+            return
+        group = self._keep_reserve(group)
+        if not group:
+            return
+        try:
+            txn = self._env.begin(write=True)
+        except lmdb.Error as exc:
+            self._fail(group, exc)
+            return
+        applied = [batch for batch in group if self._apply(txn, batch)]
+        try:
+            if applied:
+                txn.commit()
+            else:
+                txn.abort()
+        except lmdb.MapFullError as exc:
+            # Raised while pages are allocated, before any is written: nothing happened, and space may return.
+            for batch in applied:
+                batch.done.set_exception(from_lmdb(exc, "commit failed"))
+            return
+        except lmdb.Error as exc:
+            self._fail(applied, exc)
+            return
+        self._commits += 1
+        self._batches += len(applied)
+        for batch in applied:
+            batch.done.set_result(None)
+
+    def _apply(self, parent: WriteTxn, batch: _Batch) -> bool:
+        """Run one batch in a nested transaction, so that its failure is its own."""
+        txn = self._env.begin(write=True, parent=parent)
+        try:
+            for op in batch.ops:
+                op(txn)
+            txn.commit()
+        except Exception as exc:  # noqa: BLE001 - as any executor does: the submitter gets it
+            txn.abort()
+            error = from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc
+            batch.done.set_exception(error)
+            return False
+        return True
+
+    def _low_on_space(self) -> bool:
+        try:
+            return self.free_bytes() < self._reserve_bytes
+        except OSError:
+            return False  # the write itself will tell
+
+    def _keep_reserve(self, group: list[_Batch]) -> list[_Batch]:
+        if not self._low_on_space():
+            return group
+        for batch in group:
+            if not batch.frees:
+                batch.done.set_exception(
+                    errors.DiskFull(
+                        f"less than {self._reserve_bytes} bytes of disk are free", retry_after=10.0
+                    )
+                )
+        return [batch for batch in group if batch.frees]
+
+    def _fail(self, group: list[_Batch], exc: Exception) -> None:
+        # A failed fsync is never retried: the kernel may have dropped the pages it could not write.
+        self._failed = exc
+        full = is_out_of_space(exc) or self._low_on_space()
+        for batch in group:
+            error = errors.DiskFull if full else errors.StoreReadOnly
+            failure = error(f"commit failed: {exc}; the store is read-only until restart")
+            failure.__cause__ = exc
+            batch.done.set_exception(failure)

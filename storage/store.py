@@ -1,0 +1,105 @@
+"""The store: one data directory with its log, blocks and catalog."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sessiond import errors
+from sessiond.storage.blocks import BlockStore
+from sessiond.storage.catalog import Catalog, SessionKey
+from sessiond.storage.directory import DirectoryLock, read_or_create_format
+from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment
+from sessiond.storage.log import LogStore
+
+DEFAULT_LOG_MAP_BYTES = 64 << 30
+DEFAULT_BLOCK_MAP_BYTES = 1 << 40
+
+
+class Store:
+    """An open data directory; owns its lock, two LMDB environments and the catalog.
+
+    `lost` lists sessions that the catalog knows and the log does not, `damaged` the session records that
+    do not verify: both found when opening, for the caller to report as DATA_LOSS.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        lock: DirectoryLock,
+        log: LogStore,
+        blocks: BlockStore,
+        catalog: Catalog,
+        cell_tokens: int,
+    ) -> None:
+        self.root = root
+        self.log = log
+        self.blocks = blocks
+        self.catalog = catalog
+        self.cell_tokens = cell_tokens
+        self.lost: list[SessionKey] = []
+        self.damaged: list[errors.RecordCorrupt] = []
+        self._lock = lock
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        cell_tokens: int = 128,
+        database_url: str | None = None,
+        log_map_bytes: int = DEFAULT_LOG_MAP_BYTES,
+        block_map_bytes: int = DEFAULT_BLOCK_MAP_BYTES,
+        reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+    ) -> Store:
+        """Open or create a data directory, take its lock, migrate and reconcile the catalog.
+
+        `cell_tokens` counts only when the directory is made; afterwards FORMAT decides. Map sizes are
+        address space, not disk: sparse and fixed; lower them where the address space is limited.
+        Writes are refused (DiskFull) while less than `reserve_bytes` of disk are free.
+        Raises DataDirectoryBusy, DataDirectoryReadOnly, FormatTooNew, DiskFull, DependencyMissing,
+        InvalidConfig, RecordCorrupt; then nothing stays open.
+        """
+        root = Path(path)
+        lock = DirectoryLock(root)
+        opened: list[LogStore | BlockStore | Catalog] = []
+        try:
+            form = read_or_create_format(root, cell_tokens)
+            log = LogStore(
+                Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes)
+            )
+            opened.append(log)
+            blocks = BlockStore(
+                Environment(str(root / "blocks"), map_bytes=block_map_bytes, reserve_bytes=reserve_bytes)
+            )
+            opened.append(blocks)
+            catalog = (
+                Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)
+            )
+            opened.append(catalog)
+            store = cls(root, lock, log, blocks, catalog, form.cell_tokens)
+            store.lost = catalog.reconcile(log, store.damaged.append)
+        except BaseException:
+            for part in reversed(opened):
+                part.close()
+            lock.release()
+            raise
+        return store
+
+    def free_bytes(self) -> int:
+        """Free bytes on the data directory's file system."""
+        fs = os.statvfs(self.root)
+        return fs.f_bavail * fs.f_frsize
+
+    def close(self) -> None:
+        """Write what is queued, close everything, release the lock. Idempotent."""
+        self.log.close()
+        self.blocks.close()
+        self.catalog.close()
+        self._lock.release()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
