@@ -82,7 +82,7 @@ class AsyncClient:
         check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
             connection.HEALTH_CHECK
         )
-        attempts = Attempts(RetryRule(timeout))
+        attempts = Attempts(RetryRule(timeout, longest_delay=0.5))
 
         async def check_once() -> None:
             connection.check_health(

@@ -86,7 +86,7 @@ class Client:
         Raises UnavailableError or DeadlineExceededError if it does not within about `timeout` seconds.
         """
         check: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(connection.HEALTH_CHECK)
-        attempts = Attempts(RetryRule(timeout))
+        attempts = Attempts(RetryRule(timeout, longest_delay=0.5))
         self._attempt(
             attempts,
             lambda: connection.check_health(

@@ -20,6 +20,7 @@ class RetryRule:
 
     seconds: float = 60.0
     codes: Collection[grpc.StatusCode] = ()
+    longest_delay: float = LONGEST_DELAY
 
     def allows(self, error: SessiondClientError) -> bool:
         if error.code is grpc.StatusCode.UNAVAILABLE:
@@ -48,7 +49,7 @@ class Attempts:
         now = self._clock()
         if self._failing_since is None:
             self._failing_since = now
-        longest = min(FIRST_DELAY * 2.0**self._failures, LONGEST_DELAY)
+        longest = min(FIRST_DELAY * 2.0**self._failures, self._rule.longest_delay)
         self._failures += 1
         # Clients of a restarted server must not come back all at once.
         delay = max(longest * random.uniform(0.5, 1.0), error.retry_after or 0.0)  # noqa: S311 - no secret

@@ -40,9 +40,7 @@ class Scratch:
         return flat[: rows * width].view(rows, width)
 
 
-def attend(
-    query: Tensor, span: PackedSpan, layer: int, scaling: float, window: int | None, scratch: Scratch
-) -> Tensor:
+def attend(query: Tensor, span: PackedSpan, layer: int, scaling: float, window: int | None, scratch: Scratch) -> Tensor:
     """Causal attention of a span's new tokens over its session's keys and values, theirs included (already written).
 
     query [H, Q, D] stand at [position, position + Q); `window` limits each to its last `window` keys.

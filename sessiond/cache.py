@@ -78,6 +78,10 @@ class SessionCache:
         """K and V of `span` in every layer, as views."""
         return [(self.array(layer, 0, span), self.array(layer, 1, span)) for layer in range(self.shape.n_layers)]
 
+    def copies(self, start: int, end: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """`arrays` of [start, end), copied: a snapshot that later steps do not change."""
+        return [(keys.copy(), values.copy()) for keys, values in self.arrays(Span(start, end))]
+
 
 class PackedSpan:
     """Rows [start, end) of a packed step: tokens of one session at `position` and on."""

@@ -12,6 +12,7 @@ SessiondError
 ├── ResourceExhausted   MemoryBudget DiskFull QueueFull Quota
 ├── DataLoss            RecordCorrupt
 ├── Unavailable         Draining Starting
+├── Unauthenticated
 └── Unimplemented       NotImplementedYet
 """
 
@@ -34,6 +35,7 @@ class Status(enum.Enum):
     INTERNAL = 13
     UNAVAILABLE = 14
     DATA_LOSS = 15
+    UNAUTHENTICATED = 16
 
 
 class SessiondError(Exception):
@@ -321,6 +323,13 @@ class Starting(Unavailable):
     """The daemon is not serving yet."""
 
     reason = "STARTING"
+
+
+class Unauthenticated(SessiondError):
+    """Credentials are required and are missing or wrong."""
+
+    status = Status.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
 
 
 class Unimplemented(SessiondError):

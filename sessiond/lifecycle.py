@@ -1,7 +1,7 @@
 """A session's states as a transition table.
 
-    COLD --warm--> HOT --lease--> RUNNING --release--> HOT --suspend--> COLD
-    COLD, HOT --delete--> DELETED --undelete--> COLD;  DELETED --purge--> PURGED
+COLD --warm--> HOT --lease--> RUNNING --release--> HOT --suspend--> COLD
+COLD, HOT --delete--> DELETED --undelete--> COLD;  DELETED --purge--> PURGED
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sessiond.cache import SessionCache
 from sessiond.lifecycle import Event, State, advance
 from sessiond.storage.log import LogStore
 from sessiond.storage.records import RevisionRecord, SessionRecord
-from sessiond.tiers import Ids
+from sessiond.tiers import Ids, read_branch
 
 if TYPE_CHECKING:
     from sessiond.turn import Turn
@@ -35,6 +35,7 @@ class Live:
     persisted: int = 0
     turn: Turn | None = None
     settling: asyncio.Task[None] | None = None
+    saving: asyncio.Future[int] | None = None
     last_used: float = field(default_factory=time.monotonic)
 
     @property
@@ -59,13 +60,6 @@ class Live:
             self.advance(Event.SUSPEND)
         self.cache = None
         return freed
-
-
-def read_branch(log: LogStore, tenant: str, head: str) -> tuple[list[RevisionRecord], Ids]:
-    """Revisions root..head and their joined token ids. Raises RevisionNotFound or RecordCorrupt."""
-    chain = log.chain(tenant, head)
-    parts = [log.tokens(tenant, r.revision_id, r.log_end - r.log_start)[0] for r in chain]
-    return chain, np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
 def touched(record: SessionRecord, now_us: int) -> SessionRecord:

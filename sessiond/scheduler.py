@@ -117,18 +117,30 @@ class TurnWork:
         self.stop_ids = stop_ids
         self.sampler = sampler
         self.stream = stream
-        self.generated = len(logged)
-        self.pieces = deque(plan_prefill(cache.sealed, cache.length, len(tokens), cell_tokens, seal))
-        if not self.pieces:
-            # nothing to compute (CONTINUE): the last token is fed again, for its logits
-            cache.length = min(cache.length, len(tokens) - 1)
-            self.pieces.append(Piece(len(tokens) - 1, len(tokens), False))
-        self.pending: deque[int] = deque(logged)
+        self.generated = 0
+        self.replayed: list[TokenOut] = []
         self._computed = 0
         self._recomputed = 0
         for token in logged:
-            sampler.accept(token)
-            stream.push(token)
+            self._replay(token)
+        self._plan(list(logged), cell_tokens, seal)
+
+    def _replay(self, token: int) -> None:
+        """Take a token that was sampled before: sampler and text go on as if it had just come."""
+        self.sampler.accept(token)
+        delta = self.stream.push(token)
+        sampled = Sampled(token, None, ())
+        self.replayed.append(TokenOut(self.turn_id, self.generated, sampled, delta.text, delta.byte_offset))
+        self.generated += 1
+
+    def _plan(self, logged: list[int], cell_tokens: int, seal: bool) -> None:
+        """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits."""
+        cache, n_prompt = self.cache, len(self.tokens)
+        have = min(cache.length, n_prompt + len(logged) - 1)
+        if have < cache.length:
+            cache.truncate(have, cell_tokens)
+        self.pieces = deque(plan_prefill(cache.sealed, have, n_prompt, cell_tokens, seal))
+        self.pending = deque(logged[max(0, have - n_prompt) :])
 
     def after_piece(self, piece: Piece) -> list[Event]:
         self.cache.length = piece.end
@@ -203,7 +215,10 @@ class Scheduler:
         return not (self.prefilling or self.decoding or self.sealing)
 
     def add(self, work: TurnWork) -> None:
-        self.prefilling.append(work)
+        if work.pieces:
+            self.prefilling.append(work)
+        else:
+            self.decoding.append(work)
 
     def cancel(self, turn_id: str) -> list[Event]:
         """Take a turn out between steps. Its KV stays; tokens sampled so far were delivered."""

@@ -19,6 +19,7 @@ from sessiond.cache import SessionCache
 from sessiond.errors import RecordCorrupt
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.kv import KVOwner, encode_kv
+from sessiond.storage.log import LogStore
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import CellRef, RevisionRecord, TailRef
 from sessiond.storage.store import Store
@@ -34,6 +35,21 @@ class Recompute:
     cause: str
     tokens: int
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskTotals:
+    """What is on disk, in bytes and records. `coded_pages` are KV records rounded to pages, `index` all other pages."""
+
+    sessions: int
+    deleted: int
+    suspended: int
+    raw: int
+    coded: int
+    coded_pages: int
+    index: int
+    log_file: int
+    blocks_file: int
 
 
 @dataclass(slots=True)
@@ -109,7 +125,13 @@ class Tiers:
         return total, len(hashes), ""
 
     def _read_tail(
-        self, tenant: str, chain: Sequence[RevisionRecord], cache: SessionCache, sealed: int, n_ids: int, report: Restoration
+        self,
+        tenant: str,
+        chain: Sequence[RevisionRecord],
+        cache: SessionCache,
+        sealed: int,
+        n_ids: int,
+        report: Restoration,
     ) -> tuple[int, int]:
         """Read the newest tail of the branch that reaches beyond `sealed`; returns its span, or (0, 0)."""
         for revision in reversed(chain):
@@ -170,7 +192,12 @@ class Tiers:
         return ref, self.store.blocks.write(coded.records)
 
     def persist_tail(
-        self, tenant: str, revision_id: str, start: int, arrays: Sequence[tuple[Any, Any]], replaces: Sequence[str]
+        self,
+        tenant: str,
+        revision_id: str,
+        start: int,
+        arrays: Sequence[tuple[Any, Any]],
+        replaces: Sequence[str],
     ) -> int:
         """Make provisional KV of a revision durable, then drop the tails of `replaces`. Returns bytes written."""
         old = self.store.log.tail_ref(tenant, revision_id)
@@ -208,6 +235,83 @@ class Tiers:
             self.store.blocks.delete(owner).result()
         return written
 
+    def erase(self, tenant: str, session_id: str) -> int:
+        """Delete a session, its revisions and requests, and the KV that no other session of the tenant uses.
+
+        References go first, in one transaction: a death in between leaves unreferenced blocks, never a dangling reference.
+        Returns the bytes of KV freed.
+        """
+        log = self.store.log
+        kept, kept_cells = self._reachable(tenant, session_id)
+        own = [r for r in log.revisions_of_session(tenant, session_id) if r.revision_id not in kept]
+        parents = {revision.parent for revision in own}
+        cells: set[bytes] = set()
+        for leaf in (r for r in own if r.revision_id not in parents):
+            cells |= self._cells_of(tenant, leaf.revision_id, self.identity_id)
+        refs = [ref for ref in log.cell_refs(tenant, sorted(cells - kept_cells)) if ref]
+        tails = [ref for ref in (log.tail_ref(tenant, r.revision_id) for r in own) if ref]
+        batch = LogBatch()
+        for revision in own:
+            batch.delete_revision(tenant, revision.revision_id)
+        for ref in refs:
+            batch.delete_cell_ref(tenant, ref.prefix_hash)
+        batch.delete_requests(tenant, session_id)
+        batch.delete_session(tenant, session_id)
+        log.write(batch).result()
+        for ref in refs:
+            self.store.blocks.delete(KVOwner(tenant, "cell", ref.prefix_hash)).result()
+        for tail in tails:
+            self.store.blocks.delete(KVOwner(tenant, "tail", tail.revision_id.encode(), tail.generation)).result()
+        return sum(ref.coded_bytes for ref in refs) + sum(tail.coded_bytes for tail in tails)
+
+    def _reachable(self, tenant: str, without: str) -> tuple[set[str], set[bytes]]:
+        """Revisions and cells that the tenant's other sessions need."""
+        revisions: set[str] = set()
+        cells: set[bytes] = set()
+        after: tuple[str, str] | None = None
+        while page := self.store.log.sessions(tenant, after):
+            for record in page:
+                after = (record.tenant, record.session_id)
+                if record.session_id != without:
+                    chain = self.store.log.chain(tenant, record.head_revision)
+                    revisions |= {revision.revision_id for revision in chain}
+                    cells |= self._cells_of(tenant, record.head_revision, record.identity_id)
+        return revisions, cells
+
+    def _cells_of(self, tenant: str, head: str, identity_id: str) -> set[bytes]:
+        _, ids = read_branch(self.store.log, tenant, head)
+        return set(prefix_hashes(tenant, identity_id, ids, self.cell_tokens))
+
+    def disk_usage(self) -> DiskTotals:
+        """Walks all records of the log: for operators, not for a hot path."""
+        log = self.store.log
+        sessions = deleted = suspended = raw = coded = 0
+        for tenant in log.tenants():
+            after: tuple[str, str] | None = None
+            while page := log.sessions(tenant, after):
+                after = (page[-1].tenant, page[-1].session_id)
+                sessions += len(page)
+                deleted += sum(record.deleted_us is not None for record in page)
+                suspended += sum("open_request" in record.extra for record in page)
+                tails = [log.tail_ref(tenant, record.head_revision) for record in page]
+                raw += sum(ref.raw_bytes for ref in tails if ref)
+                coded += sum(ref.coded_bytes for ref in tails if ref)
+            cells = log.all_cell_refs(tenant)
+            raw += sum(ref.raw_bytes for ref in cells)
+            coded += sum(ref.coded_bytes for ref in cells)
+        log_stat, block_stat = log.stat(), self.store.blocks.stat()
+        return DiskTotals(
+            sessions=sessions,
+            deleted=deleted,
+            suspended=suspended,
+            raw=raw,
+            coded=coded,
+            coded_pages=block_stat.overflow_bytes,
+            index=block_stat.used_bytes - block_stat.overflow_bytes + log_stat.used_bytes,
+            log_file=log_stat.file_bytes,
+            blocks_file=block_stat.file_bytes,
+        )
+
     def persisted_upto(self, tenant: str, chain: Sequence[RevisionRecord], ids: Ids) -> tuple[int, int]:
         """Tokens of a cold session's history whose sealed cells are on disk, and whose KV in any form is."""
         hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
@@ -217,6 +321,13 @@ class Tiers:
             if ref and ref.start <= sealed:
                 return sealed, max(sealed, ref.start + ref.length)
         return sealed, sealed
+
+
+def read_branch(log: LogStore, tenant: str, head: str) -> tuple[list[RevisionRecord], Ids]:
+    """Revisions root..head and their joined token ids. Raises RevisionNotFound or RecordCorrupt."""
+    chain = log.chain(tenant, head)
+    parts = [log.tokens(tenant, r.revision_id, r.log_end - r.log_start)[0] for r in chain]
+    return chain, np.concatenate(parts) if parts else np.zeros(0, np.uint32)
 
 
 def _into(cache: SessionCache, span: Span) -> Any:

@@ -19,7 +19,6 @@ import structlog
 
 from sessiond.desk import Desk
 from sessiond.errors import SessiondError
-from sessiond.lifecycle import Event as Change
 from sessiond.live import Live, computed_upto, touched
 from sessiond.messages import encode_messages
 from sessiond.sampling import Sampled, Sampler, SamplingParams
@@ -128,6 +127,7 @@ class Turn:
         self._listeners: set[asyncio.Event] = set()
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
+        self._stop_ids = desk.stop_ids | frozenset(plan.sampling.stop_token_ids)
         self._stream = desk.new_stream(plan.sampling)
 
     # --- what clients do -----------------------------------------------------------------------------------------
@@ -197,6 +197,7 @@ class Turn:
 
     async def run(self) -> None:
         """Run to the end. The caller holds the lease and releases it afterwards."""
+        self.desk.turns[self.turn_id] = self
         try:
             await self._start()
             ended = await self._ended
@@ -205,7 +206,7 @@ class Turn:
             await self._finish(ended)
         except SessiondError as error:
             await self._fail(error)
-        except Exception as error:  # noqa: BLE001 - a turn's boundary: log it, tell the client, keep the daemon
+        except Exception as error:
             log.exception("turn failed", turn=self.turn_id)
             await self._fail(SessiondError(f"the turn failed: {error}"))
         finally:
@@ -214,15 +215,22 @@ class Turn:
                 self._detach_timer.cancel()
             self._wake()
 
+    async def commit_aborted(self) -> None:
+        """Make a suspended turn a revision as it stands, without the engine. The caller holds the lease."""
+        self._accept(new=0, reused=len(self.live.ids) + len(self.plan.prompt))
+        await self._finish(Ended(self.turn_id, FinishReason.ABORTED))
+
     async def _start(self) -> None:
         plan, live = self.plan, self.live
-        durable = self.desk.store.log.write(self._opening()) if plan.attachment == "started" else None
-        if live.cache is None:
+        opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
+        if live.cache is None and plan.kind != "append":
             self.restored = await self.desk.warm(live)
-        else:
-            live.advance(Change.LEASE)
-        if durable is not None:
-            await asyncio.wrap_future(durable)
+        if opening is not None:
+            await opening
+        if plan.kind == "append":
+            self._accept(new=len(plan.prompt), reused=len(live.ids))
+            self._ended.set_result(Ended(self.turn_id, FinishReason.STOP))
+            return
         assert live.cache is not None
         tokens = [*live.ids.tolist(), *plan.prompt]
         sampler = Sampler(plan.sampling, self.desk.vocab_size, tokens)
@@ -237,41 +245,44 @@ class Turn:
             known=min(known, len(live.ids)),
             max_new=plan.sampling.max_tokens or self.desk.max_context,
             max_context=self.desk.max_context,
-            stop_ids=self.desk.stop_ids | frozenset(plan.sampling.stop_token_ids),
+            stop_ids=self._stop_ids,
             sampler=sampler,
             stream=self._stream,
         )
-        self._published.extend(work.replayed)
+        for token in work.replayed:
+            self._published.append(Tokens(token.index, token.text_offset, (token.sampled,), token.text))
         computed = sum(piece.end - piece.start for piece in work.pieces)
         if self.restored is not None:
             self._explain_restoration(self.restored, work)
+        self._accept(new=computed, reused=len(tokens) - computed)
+        self.desk.engine.submit(work)
+
+    def _accept(self, new: int, reused: int) -> None:
         self.accepted = Accepted(
-            base_revision=plan.request.base_revision,
+            base_revision=self.plan.request.base_revision,
             turn_revision=self.turn_id,
-            new=computed,
-            reused=len(tokens) - computed,
-            drift=plan.drift,
-            attachment=plan.attachment,
-            log_start=len(live.ids),
+            new=new,
+            reused=reused,
+            drift=self.plan.drift,
+            attachment=self.plan.attachment,
+            log_start=len(self.live.ids),
         )
         self._wake()
-        self.desk.turns[self.turn_id] = self
-        if plan.kind == "append":
-            self._ended.set_result(Ended(self.turn_id, FinishReason.STOP))
-        else:
-            self.desk.engine.submit(work)
 
-    def _opening(self) -> LogBatch:
-        """Request, prompt and the session's pointer to them, in one transaction."""
-        plan, batch = self.plan, LogBatch()
-        tenant = plan.record.tenant
-        batch.put_request(plan.request)
-        if plan.prompt:
-            ids, flags = np.array(plan.prompt, np.uint32), np.array(plan.flags, np.uint8)
-            batch.append_tokens(tenant, self.turn_id, 0, ids, flags)
-        extra = {**plan.record.extra, "open_request": plan.request.request_id}
-        batch.put_session(replace(plan.record, extra=extra))
-        return batch
+    async def _open(self) -> None:
+        """Request and prompt become durable, and the session's pointer to them, in one transaction."""
+
+        def build(record: SessionRecord) -> LogBatch:
+            plan, batch = self.plan, LogBatch()
+            batch.put_request(plan.request)
+            if plan.prompt:
+                ids, flags = np.array(plan.prompt, np.uint32), np.array(plan.flags, np.uint8)
+                batch.append_tokens(record.tenant, self.turn_id, 0, ids, flags)
+            extra = {**record.extra, "open_request": plan.request.request_id}
+            batch.put_session(replace(record, extra=extra))
+            return batch
+
+        await self.desk.edit(self.live, build)
 
     def _explain_restoration(self, restored: Restoration, work: TurnWork) -> None:
         missing = max(0, work.known - restored.tokens_restored)
@@ -327,10 +338,13 @@ class Turn:
             return
         committed, answer, hit = self._cut(ended)
         plan, live = self.plan, self.live
-        assert live.cache is not None and self.accepted is not None
+        assert self.accepted is not None
         history = len(live.ids)
         kept = history + len(plan.prompt) + len(committed)
-        live.cache.truncate(min(live.cache.length, kept), self.desk.store.cell_tokens)
+        computed = computed_upto(live.chain)
+        if live.cache:
+            live.cache.truncate(min(live.cache.length, kept), self.desk.store.cell_tokens)
+            computed = live.cache.length
         now = self.desk.now_us()
         usage = {"new": self.accepted.new, "reused": self.accepted.reused, "generated": len(committed)}
         revision = RevisionRecord(
@@ -350,32 +364,35 @@ class Turn:
             created_us=now,
             request_id=plan.request.request_id,
             usage=usage,
-            extra={"computed": live.cache.length, "ended": self._ended_how(committed)},
+            extra={"computed": computed, "ended": self._ended_how(committed)},
         )
         finished = self._summary(ended, hit, len(committed), usage, answer)
-        record = replace(
-            touched(plan.record, now),
-            head_revision=self.turn_id,
-            updated_us=now,
-            generation=plan.record.generation + 1,
-            extra={k: v for k, v in plan.record.extra.items() if k != "open_request"},
-        )
         ids = [*plan.prompt, *committed]
-        batch = LogBatch()
-        batch.delete_revision(record.tenant, self.turn_id)
-        if ids:
-            flags = plan.flags + [0] * len(committed)
-            batch.append_tokens(record.tenant, self.turn_id, 0, np.array(ids, np.uint32), np.array(flags, np.uint8))
-        said = () if plan.kind == "append" else (Message("assistant", answer),)
-        batch.put_revision(revision, encode_messages(plan.messages, said))
-        batch.put_session(record, expect_generation=plan.record.generation)
-        state = "aborted" if revision.aborted else "finished"
-        batch.put_request(replace(plan.request, state=state, updated_us=now, finished=finished.to_json()))
-        await asyncio.wrap_future(self.desk.store.log.write(batch))
+
+        def build(record: SessionRecord) -> LogBatch:
+            batch = LogBatch()
+            batch.delete_revision(record.tenant, self.turn_id)
+            if ids:
+                flags = plan.flags + [0] * len(committed)
+                batch.append_tokens(record.tenant, self.turn_id, 0, np.array(ids, np.uint32), np.array(flags, np.uint8))
+            said = () if plan.kind == "append" else (Message("assistant", answer),)
+            batch.put_revision(revision, encode_messages(plan.messages, said))
+            batch.put_session(
+                replace(
+                    touched(closed(record), now),
+                    head_revision=self.turn_id,
+                    updated_us=now,
+                    generation=record.generation + 1,
+                )
+            )
+            state = "aborted" if revision.aborted else "finished"
+            batch.put_request(replace(plan.request, state=state, updated_us=now, finished=finished.to_json()))
+            return batch
+
+        await self.desk.edit(live, build)
         live.head, live.chain = self.turn_id, [*live.chain, revision]
         live.ids = np.concatenate([live.ids, np.array(ids, np.uint32)])
         self.finished = finished
-        self.desk.index(record)
 
     def _cut(self, ended: Ended) -> tuple[list[int], str, str]:
         """Tokens that stay in the log, the answer's text, and the stop string that ended it.
@@ -384,12 +401,13 @@ class Turn:
         token that it splits, encoded again.
         """
         if ended.stop_hit is None:
-            return self.generated, self.desk.decode(self.generated), ""
+            shown = self.generated[:-1] if self.generated and self.generated[-1] in self._stop_ids else self.generated
+            return self.generated, self.desk.decode(shown), ""
         hit = ended.stop_hit
         whole = self.generated[: hit.n_whole_tokens]
         history = len(self.live.ids) + len(self.plan.prompt)
-        assert self.live.cache is not None
-        self.live.cache.truncate(history + len(whole), self.desk.store.cell_tokens)
+        if self.live.cache:
+            self.live.cache.truncate(history + len(whole), self.desk.store.cell_tokens)
         committed = whole + (self.desk.encode(hit.visible_rest) if hit.visible_rest else [])
         return committed, self.desk.decode(whole) + hit.visible_rest, hit.stop
 
@@ -398,9 +416,7 @@ class Turn:
             return "closed" if self.plan.messages else "raw"
         return "stop_token" if committed and committed[-1] in self.desk.stop_ids else "open"
 
-    def _summary(
-        self, ended: Ended, stop: str, committed: int, usage: dict[str, int], answer: str
-    ) -> Finished:
+    def _summary(self, ended: Ended, stop: str, committed: int, usage: dict[str, int], answer: str) -> Finished:
         now = time.perf_counter()
         decoding = now - self._first_token_at if self._first_token_at else 0.0
         count = len(self.generated) - len(self.plan.logged)
@@ -427,33 +443,41 @@ class Turn:
 
     async def _discard(self) -> None:
         """Nothing of the turn stays in the log; the KV of its base does."""
-        await asyncio.wrap_future(self.desk.store.log.write(discard_batch(self.plan, self.desk.now_us())))
+        await self.desk.edit(self.live, lambda record: discarded(record, self.plan.request, self.desk.now_us()))
         if self.live.cache:
             self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
-        self.finished = Finished("", FinishReason.ABORTED, "", 0, {}, 0.0, 0.0, "")
+        self.finished = NOTHING
 
     async def _fail(self, error: SessiondError) -> None:
         """Tell the client and the log. The session keeps its head."""
         if self.live.cache:
             self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
         if self.accepted is not None:
+            told = {"reason": error.reason, "message": error.message}
             try:
-                batch = discard_batch(self.plan, self.desk.now_us(), {"reason": error.reason, "message": error.message})
-                await asyncio.wrap_future(self.desk.store.log.write(batch))
+                now = self.desk.now_us()
+                await self.desk.edit(self.live, lambda record: discarded(record, self.plan.request, now, told))
             except SessiondError as second:
                 log.error("failed turn could not be closed in the log", turn=self.turn_id, error=second.message)
         self.failure = error
 
 
-def discard_batch(plan: TurnPlan, now_us: int, failed: dict[str, str] | None = None) -> LogBatch:
+NOTHING = Finished("", FinishReason.ABORTED, "", 0, {}, 0.0, 0.0, "")
+
+
+def closed(record: SessionRecord) -> SessionRecord:
+    """The record without its pointer to an open request."""
+    return replace(record, extra={k: v for k, v in record.extra.items() if k != "open_request"})
+
+
+def discarded(
+    record: SessionRecord, request: RequestRecord, now_us: int, failed: dict[str, str] | None = None
+) -> LogBatch:
     """Close a turn's request without a revision: drop its tokens and the session's pointer to it."""
     batch = LogBatch()
-    batch.delete_revision(plan.record.tenant, plan.request.revision_id)
-    extra = {k: v for k, v in plan.record.extra.items() if k != "open_request"}
-    batch.put_session(replace(plan.record, extra=extra))
-    if failed:
-        batch.put_request(replace(plan.request, state="failed", updated_us=now_us, finished={"error": failed}))
-    else:
-        none = Finished("", FinishReason.ABORTED, "", 0, {}, 0.0, 0.0, "")
-        batch.put_request(replace(plan.request, state="aborted", updated_us=now_us, finished=none.to_json()))
+    batch.delete_revision(record.tenant, request.revision_id)
+    batch.put_session(closed(record))
+    state = "failed" if failed else "aborted"
+    finished = {"error": failed} if failed else NOTHING.to_json()
+    batch.put_request(replace(request, state=state, updated_us=now_us, finished=finished))
     return batch

@@ -23,6 +23,8 @@ from sessiond.storage.records import (
 )
 
 TOKEN_TEMPLATE = 1  # flag bit 0
+MAX_LABEL_KEY = 128  # characters; with the value, within what a PostgreSQL index row holds
+MAX_LABEL_VALUE = 256
 
 
 class LogBatch:
@@ -41,9 +43,10 @@ class LogBatch:
 
         `expect_generation` is the generation of the record it replaces, compared inside the writer's
         transaction; 0 means that none may exist. The batch then fails with EtagMismatch, SessionNotFound
-        or (for 0) SessionExists, and changes nothing.
+        or (for 0) SessionExists, and changes nothing. Labels out of range raise BadRequest.
         """
         key = keys.record_key(record.tenant, keys.SESSION, record.session_id)
+        _check_labels(record.labels)
         if expect_generation is not None:
             expected = expect_generation
             self.ops.append(lambda txn: _compare_generation(txn, key, record.session_id, expected))
@@ -132,6 +135,17 @@ class LogBatch:
 
     def _delete(self, key: bytes) -> None:
         self.ops.append(lambda txn: _delete_value(txn, key))
+
+
+def _check_labels(labels: dict[str, str]) -> None:
+    """The log refuses what the catalog's index (PostgreSQL's above all) could not hold."""
+    for key, value in labels.items():
+        if "\0" in key + value or not key:
+            raise errors.BadRequest("label keys must not be empty and labels must not contain NUL")
+        if len(key) > MAX_LABEL_KEY or len(value) > MAX_LABEL_VALUE:
+            raise errors.BadRequest(
+                f"labels have at most {MAX_LABEL_KEY} characters in the key, {MAX_LABEL_VALUE} in the value"
+            )
 
 
 def delete_range(txn: WriteTxn, prefix: bytes) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -18,66 +18,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sessiond import errors
 from sessiond.storage.database import migrate, open_postgres, open_sqlite
 from sessiond.storage.log import LogStore, OnCorrupt
-from sessiond.storage.records import SessionRecord
+from sessiond.storage.rows import ACTIVE, DELETED, Due, Listed, QuotaRow, SessionKey, SessionRow
 from sessiond.storage.tables import quotas, session_labels, sessions, tenants
 
-ACTIVE = "active"
-DELETED = "deleted"
+__all__ = ["Catalog", "Due", "Listed", "QuotaRow", "SessionKey", "SessionRow"]
+
 _CHUNK = 500
 _PAGE = 1000
-
-
-class SessionKey(NamedTuple):
-    tenant: str
-    session_id: str
-
-
-class Listed(NamedTuple):
-    """One entry of a listing; the last one of a page is the next page's `after`."""
-
-    created_us: int
-    session_id: str
-
-
-class Due(NamedTuple):
-    """Sessions whose time has come, at most `limit` each."""
-
-    expired: list[SessionKey]
-    purgeable: list[SessionKey]
-
-
-@dataclass(frozen=True, slots=True)
-class SessionRow:
-    """What the index knows about a session."""
-
-    tenant: str
-    session_id: str
-    state: str
-    model: str
-    generation: int
-    created_us: int
-    updated_us: int
-    last_used_us: int
-    expire_us: int | None
-    deleted_us: int | None
-    purge_us: int | None
-    labels: Mapping[str, str]
-
-    @classmethod
-    def of(cls, record: SessionRecord) -> SessionRow:
-        """The row that the session's record in the log implies."""
-        shared = {name: getattr(record, name) for name in cls.__slots__ if name != "state"}
-        return cls(state=ACTIVE if record.deleted_us is None else DELETED, **shared)
-
-
-@dataclass(frozen=True, slots=True)
-class QuotaRow:
-    """A tenant's limits; None is unlimited."""
-
-    tenant: str
-    max_sessions: int | None = None
-    max_disk_bytes: int | None = None
-    max_running_turns: int | None = None
 
 
 class Catalog:
@@ -111,12 +58,11 @@ class Catalog:
 
     def upsert_sessions(self, rows: Sequence[SessionRow]) -> None:
         """Add or update; a row older (by generation) than the stored one changes nothing."""
+        newest = {SessionKey(row.tenant, row.session_id): row for row in sorted(rows, key=_generation)}
+        fresh = list(newest.values())
         with self._transaction() as connection:
-            for at in range(0, len(rows), _CHUNK):
-                self._upsert(
-                    connection,
-                    list({SessionKey(r.tenant, r.session_id): r for r in rows[at : at + _CHUNK]}.values()),
-                )
+            for at in range(0, len(fresh), _CHUNK):
+                self._upsert(connection, fresh[at : at + _CHUNK])
 
     def remove_session(self, tenant: str, session_id: str) -> None:
         """Forget a purged session and its labels. Absent is fine."""
@@ -126,17 +72,11 @@ class Catalog:
     def get_session(self, tenant: str, session_id: str) -> SessionRow | None:
         """The indexed row, or None."""
         with self._transaction() as connection:
-            row = (
-                connection.execute(sa.select(sessions).where(_is(sessions, tenant, session_id)))
-                .mappings()
-                .first()
-            )
+            row = connection.execute(sa.select(sessions).where(_is(sessions, tenant, session_id))).mappings().first()
             if row is None:
                 return None
             found = connection.execute(
-                sa.select(session_labels.c.key, session_labels.c.value).where(
-                    _is(session_labels, tenant, session_id)
-                )
+                sa.select(session_labels.c.key, session_labels.c.value).where(_is(session_labels, tenant, session_id))
             )
             return SessionRow(**row, labels={row.key: row.value for row in found})
 
@@ -155,9 +95,7 @@ class Catalog:
         if state is not None:
             query = query.where(table.state == state)
         if after is not None:
-            query = query.where(
-                sa.tuple_(table.created_us, table.session_id) > sa.tuple_(*map(sa.literal, after))
-            )
+            query = query.where(sa.tuple_(table.created_us, table.session_id) > sa.tuple_(*map(sa.literal, after)))
         for key, value in (labels or {}).items():
             label = session_labels.c
             query = query.where(
@@ -199,9 +137,7 @@ class Catalog:
 
     def tenants(self) -> list[str]:
         with self._transaction() as connection:
-            return [
-                row[0] for row in connection.execute(sa.select(tenants.c.tenant).order_by(tenants.c.tenant))
-            ]
+            return [row[0] for row in connection.execute(sa.select(tenants.c.tenant).order_by(tenants.c.tenant))]
 
     def set_quota(self, quota: QuotaRow, now_us: int) -> None:
         self.ensure_tenant(quota.tenant, now_us)
@@ -252,9 +188,7 @@ class Catalog:
             )
         )
         newest = {(tenant, session_id): generation for tenant, session_id, generation in found}
-        fresh = [
-            row for row in rows if row.generation >= newest.get((row.tenant, row.session_id), row.generation)
-        ]
+        fresh = [row for row in rows if row.generation >= newest.get((row.tenant, row.session_id), row.generation)]
         if fresh:
             self._write_rows(connection, fresh)
 
@@ -287,6 +221,10 @@ class Catalog:
                 raise _mapped(exc, opening) from exc
 
 
+def _generation(row: SessionRow) -> int:
+    return row.generation
+
+
 def _is(table: sa.Table, tenant: str, session_id: str) -> sa.ColumnElement[bool]:
     return sa.and_(table.c.tenant == tenant, table.c.session_id == session_id)
 
@@ -296,7 +234,8 @@ def _mapped(exc: sa.exc.SQLAlchemyError, opening: bool) -> errors.SessiondError:
     if "disk is full" in text or "No space left" in text:
         return errors.DiskFull(text)
     if "malformed" in text or "not a database" in text:
-        return errors.RecordCorrupt(text, key="catalog")
+        hint = "move it away to have sessions indexed anew; tenants and quotas are only there"
+        return errors.RecordCorrupt(f"{text}; {hint}", key="catalog")
     if opening and ("readonly" in text or "unable to open" in text):
         return errors.DataDirectoryReadOnly(text)
     if isinstance(exc, sa.exc.OperationalError):

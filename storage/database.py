@@ -28,9 +28,7 @@ def sqlite_module() -> ModuleType:
         try:
             from pysqlite3 import dbapi2
         except ImportError as exc:
-            raise errors.DependencyMissing(
-                "the catalog needs a current SQLite: pip install pysqlite3"
-            ) from exc
+            raise errors.DependencyMissing("the catalog needs a current SQLite: pip install pysqlite3") from exc
         module: ModuleType = dbapi2
     else:
         import sqlite3 as module
@@ -77,17 +75,13 @@ def open_postgres(url: str) -> Engine:
     except sa.exc.ArgumentError as exc:
         raise errors.InvalidConfig("the database URL cannot be parsed") from exc
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
-        raise errors.InvalidConfig(
-            f"no support for database {parsed.get_backend_name()!r}: use postgresql://…"
-        )
+        raise errors.InvalidConfig(f"no support for database {parsed.get_backend_name()!r}: use postgresql://…")
     try:
         return sa.create_engine(
             parsed.set(drivername="postgresql+psycopg"), pool_size=2, max_overflow=2, pool_pre_ping=True
         )
     except ImportError as exc:
-        raise errors.DependencyMissing(
-            "PostgreSQL needs the extra: pip install 'sessiond[postgres]'"
-        ) from exc
+        raise errors.DependencyMissing("PostgreSQL needs the extra: pip install 'sessiond[postgres]'") from exc
 
 
 def migrate(connection: sa.Connection) -> None:
@@ -101,9 +95,7 @@ def migrate(connection: sa.Connection) -> None:
 
     def steps(current: Any, _context: Any) -> Any:
         known = {revision.revision for revision in script.walk_revisions()}
-        unknown = [
-            name for name in (current if isinstance(current, tuple) else (current,)) if name not in known
-        ]
+        unknown = [name for name in (current if isinstance(current, tuple) else (current,)) if name not in known]
         if current and unknown:
             raise errors.FormatTooNew(f"the catalog has schema {unknown[0]}, written by a newer version")
         return script._upgrade_revs("head", current)

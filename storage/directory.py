@@ -45,6 +45,9 @@ class DirectoryLock:
         except BlockingIOError as exc:
             os.close(self._fd)
             raise errors.DataDirectoryBusy(f"{root} is in use by another daemon") from exc
+        except OSError as exc:
+            os.close(self._fd)
+            raise from_os(exc, f"cannot lock {root} (is it on a file system without flock?)") from exc
         try:
             # A read-only mount or a full disk shows here, even for root whom modes do not stop.
             os.ftruncate(self._fd, 0)
@@ -79,9 +82,7 @@ def read_or_create_format(root: Path, cell_tokens: int) -> Format:
     if not 1 <= cell_tokens <= MAX_CELL_TOKENS:
         raise errors.InvalidConfig(f"cell_tokens must be within 1 to {MAX_CELL_TOKENS}, not {cell_tokens}")
     created = Format(FORMAT, cell_tokens, _version(), time.time_ns() // 1000)
-    _write_atomically(
-        path, canonical_json({name: getattr(created, name) for name in Format.__slots__}) + b"\n"
-    )
+    _write_atomically(path, canonical_json({name: getattr(created, name) for name in Format.__slots__}) + b"\n")
     return created
 
 

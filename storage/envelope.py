@@ -49,9 +49,12 @@ def canonical_json(value: object) -> bytes:
 def pack(key: bytes, header: Json, body: bytes | bytearray = b"", payload: tuple[bytes, ...] = ()) -> bytes:
     """Build the value to store under `key`; the kind byte is taken from the key.
 
-    Raises BadRequest if a part exceeds its cap: the writer must not store what no reader accepts.
+    Raises BadRequest if the header is no JSON or a part exceeds its cap: no reader would accept it.
     """
-    head = canonical_json(header)
+    try:
+        head = canonical_json(header)
+    except ValueError as exc:
+        raise errors.BadRequest(f"record {readable(key)} cannot be stored as JSON: {exc}") from exc
     n_payload = sum(map(len, payload))
     if len(head) > MAX_HEADER_BYTES or len(body) > MAX_BODY_BYTES or n_payload > MAX_PAYLOAD_BYTES:
         raise errors.BadRequest(f"record {readable(key)} is too large to store")
@@ -79,14 +82,10 @@ def unpack(key: bytes, value: memoryview) -> Envelope:
     if not _authentic(key, value, payload_at):
         raise corrupt(key, "checksum mismatch")
     if major > MAJOR:
-        raise errors.FormatTooNew(
-            f"record {readable(key)} has version {major}; this program reads up to {MAJOR}"
-        )
+        raise errors.FormatTooNew(f"record {readable(key)} has version {major}; this program reads up to {MAJOR}")
     if kind != kind_of(key) or zero or major == 0:
         raise corrupt(key, "kind or version does not fit the key")
-    return Envelope(
-        _parse_header(key, value[HEAD_BYTES:body_at]), value[body_at:payload_at], value[payload_at:]
-    )
+    return Envelope(_parse_header(key, value[HEAD_BYTES:body_at]), value[body_at:payload_at], value[payload_at:])
 
 
 def kind_of(key: bytes) -> int:

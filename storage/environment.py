@@ -23,6 +23,7 @@ LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
 QUEUED_BATCHES = 1024
 MAX_TXN_BYTES = 8 << 20
 DEFAULT_RESERVE_BYTES = 64 << 20
+_SPARE_BYTES = 1 << 20
 
 WriteTxn: TypeAlias = "lmdb.Transaction[bytes]"
 ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
@@ -35,6 +36,7 @@ class EnvironmentStat:
 
     entries: int
     used_bytes: int
+    overflow_bytes: int  # pages of values too large for a tree page: the KV records
     file_bytes: int
     map_bytes: int
     commits: int
@@ -76,9 +78,7 @@ class Environment:
         self._closed = False
         self._failed: BaseException | None = None
         self._commits = self._batches = 0
-        self._writer = threading.Thread(
-            target=self._run, name=f"writer-{os.path.basename(path)}", daemon=True
-        )
+        self._writer = threading.Thread(target=self._run, name=f"writer-{os.path.basename(path)}", daemon=True)
         self._writer.start()
 
     @contextlib.contextmanager
@@ -137,6 +137,7 @@ class Environment:
         return EnvironmentStat(
             entries=tree["entries"],
             used_bytes=pages * tree["psize"],
+            overflow_bytes=tree["overflow_pages"] * tree["psize"],
             file_bytes=(info["last_pgno"] + 1) * tree["psize"],
             map_bytes=info["map_size"],
             commits=self._commits,
@@ -227,28 +228,38 @@ class Environment:
             return False
         return True
 
-    def _low_on_space(self) -> bool:
+    def _low_on_space(self, reserve_bytes: int) -> bool:
         try:
-            return self.free_bytes() < self._reserve_bytes
+            return self.free_bytes() < reserve_bytes
         except OSError:
             return False  # the write itself will tell
 
+    def _reusable_bytes(self) -> int:
+        """Freed pages inside the file, which a write may take without growing it."""
+        tree, info = self._env.stat(), self._env.info()
+        used = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"]
+        return int((info["last_pgno"] + 1 - used) * tree["psize"])
+
     def _keep_reserve(self, group: list[_Batch]) -> list[_Batch]:
-        if not self._low_on_space():
+        if not self._low_on_space(self._reserve_bytes):
             return group
+        kept, reusable = [], self._reusable_bytes()
         for batch in group:
-            if not batch.frees:
-                batch.done.set_exception(
-                    errors.DiskFull(
-                        f"less than {self._reserve_bytes} bytes of disk are free", retry_after=10.0
-                    )
-                )
-        return [batch for batch in group if batch.frees]
+            # Generous: freed pages are scattered. What still grows the file comes out of the reserve.
+            needs = 0 if batch.frees else 4 * batch.n_bytes + _SPARE_BYTES
+            if needs <= reusable:
+                reusable -= needs
+                kept.append(batch)
+            else:
+                why = f"less than {self._reserve_bytes} bytes of disk are free"
+                batch.done.set_exception(errors.DiskFull(why, retry_after=10.0))
+        return kept
 
     def _fail(self, group: list[_Batch], exc: Exception) -> None:
         # A failed fsync is never retried: the kernel may have dropped the pages it could not write.
         self._failed = exc
-        full = is_out_of_space(exc) or self._low_on_space()
+        # LMDB 0.9 calls a short write EIO, so look whether there is space.
+        full = is_out_of_space(exc) or self._low_on_space(self._reserve_bytes + MAX_TXN_BYTES)
         for batch in group:
             error = errors.DiskFull if full else errors.StoreReadOnly
             failure = error(f"commit failed: {exc}; the store is read-only until restart")

@@ -149,6 +149,6 @@ def _string(value: str, cap: int, what: str) -> bytes:
         raw = value.encode("utf-8")
     except UnicodeEncodeError as exc:
         raise errors.BadRequest(f"{what} is not valid Unicode") from exc
-    if not 1 <= len(raw) <= cap:
-        raise errors.BadRequest(f"{what} must have 1 to {cap} bytes of UTF-8, not {len(raw)}")
+    if not 1 <= len(raw) <= cap or b"\0" in raw:
+        raise errors.BadRequest(f"{what} must have 1 to {cap} bytes of UTF-8 without NUL, not {len(raw)}")
     return bytes((len(raw),)) + raw

@@ -111,9 +111,7 @@ def encode_kv(
     records: list[tuple[bytes, bytes]] = []
     for part, chosen in ((Part.K, codec_k), (Part.V, codec_v)):
         layers = [pair[part] for pair in arrays]
-        assert all(a.shape[1] == n_tokens and a.dtype.kind == "u" for a in layers), (
-            "one length, unsigned views"
-        )
+        assert all(a.shape[1] == n_tokens and a.dtype.kind == "u" for a in layers), "one length, unsigned views"
         for first, count in _layer_groups(layers, min(n_tokens, span_tokens)):
             codec = chosen or default_codec(part, layers[first].itemsize)
             for at in range(0, n_tokens, span_tokens):

@@ -56,9 +56,7 @@ class LogStore:
             prefix = keys.kind_prefix(name, keys.SESSION)
             if after is not None and keys.tenant_prefix(name) < keys.tenant_prefix(after[0]):
                 continue
-            start = (
-                keys.record_key(*_session_key(after)) if after is not None and after[0] == name else prefix
-            )
+            start = keys.record_key(*_session_key(after)) if after is not None and after[0] == name else prefix
             with self._env.read() as txn:
                 for key, value in _range(txn, prefix, start):
                     if key == start:
@@ -135,8 +133,6 @@ class LogStore:
             raise envelope.corrupt(keys.tokens_key(tenant, revision_id, 0), why)
         return ids, flags
 
-    get_tokens = tokens
-
     def request(self, tenant: str, session_id: str, request_id: str) -> RequestRecord | None:
         return self._get(RequestRecord, keys.record_key(tenant, keys.REQUEST, session_id, request_id))
 
@@ -163,10 +159,7 @@ class LogStore:
     def all_cell_refs(self, tenant: str) -> list[CellRef]:
         """Every cell reference of a tenant, in hash order."""
         with self._env.read() as txn:
-            return [
-                parse(CellRef, key, value)
-                for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF))
-            ]
+            return [parse(CellRef, key, value) for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF))]
 
     def tail_ref(self, tenant: str, revision_id: str) -> TailRef | None:
         return self._get(TailRef, keys.record_key(tenant, keys.TAIL_REF, revision_id))

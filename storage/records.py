@@ -147,8 +147,7 @@ def _schema(cls: type[R]) -> dict[str, tuple[Any, bool]]:
     if cls not in _SCHEMAS:
         hints = typing.get_type_hints(cls)
         _SCHEMAS[cls] = {
-            f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING)
-            for f in fields(cls)
+            f.name: (hints[f.name], f.default is MISSING and f.default_factory is MISSING) for f in fields(cls)
         }
     return _SCHEMAS[cls]
 

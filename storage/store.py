@@ -65,17 +65,13 @@ class Store:
         opened: list[LogStore | BlockStore | Catalog] = []
         try:
             form = read_or_create_format(root, cell_tokens)
-            log = LogStore(
-                Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes)
-            )
+            log = LogStore(Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes))
             opened.append(log)
             blocks = BlockStore(
                 Environment(str(root / "blocks"), map_bytes=block_map_bytes, reserve_bytes=reserve_bytes)
             )
             opened.append(blocks)
-            catalog = (
-                Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)
-            )
+            catalog = Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)
             opened.append(catalog)
             store = cls(root, lock, log, blocks, catalog, form.cell_tokens)
             store.lost = catalog.reconcile(log, store.damaged.append)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, ForeignKeyConstraint, Index, MetaData, String, Table
+from sqlalchemy import BigInteger, Column, ForeignKeyConstraint, Index, MetaData, String, Table, Text
 
 metadata = MetaData()
 
@@ -41,7 +41,7 @@ sessions = Table(
     Column("tenant", String(128), primary_key=True),
     Column("session_id", String(64), primary_key=True),
     Column("state", String(16), nullable=False),
-    Column("model", String(1024), nullable=False),
+    Column("model", Text, nullable=False),
     Column("generation", BigInteger, nullable=False),
     Column("created_us", BigInteger, nullable=False),
     Column("updated_us", BigInteger, nullable=False),
@@ -59,10 +59,8 @@ session_labels = Table(
     metadata,
     Column("tenant", String(128), primary_key=True),
     Column("session_id", String(64), primary_key=True),
-    Column("key", String(256), primary_key=True),
-    Column("value", String(1024), nullable=False),
-    ForeignKeyConstraint(
-        ["tenant", "session_id"], ["sessions.tenant", "sessions.session_id"], ondelete="CASCADE"
-    ),
+    Column("key", String(128), primary_key=True),
+    Column("value", String(256), nullable=False),
+    ForeignKeyConstraint(["tenant", "session_id"], ["sessions.tenant", "sessions.session_id"], ondelete="CASCADE"),
     Index("session_labels_by_value", "tenant", "key", "value"),
 )

@@ -54,9 +54,7 @@ def converted() -> Path:
 def tokenizers(original: Path, converted: Path) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    before = AutoTokenizer.from_pretrained(
-        str(original.parent), gguf_file=original.name, local_files_only=True
-    )
+    before = AutoTokenizer.from_pretrained(str(original.parent), gguf_file=original.name, local_files_only=True)
     return before, AutoTokenizer.from_pretrained(str(converted), local_files_only=True)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import write_directory, write_safetensors
 
 from sessiond.errors import ModelCorrupt, ModelMissing
 from sessiond.modelidentity import canonical_json, identity_fields, identity_id
-from tests.tiny_models import write_directory, write_safetensors
 
 FIELDS = ["architecture", "kv_dtype", "rope", "shape", "tokenizer", "weights"]
 

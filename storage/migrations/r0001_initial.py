@@ -38,7 +38,7 @@ def upgrade() -> None:
         sa.Column("tenant", sa.String(128), primary_key=True),
         sa.Column("session_id", sa.String(64), primary_key=True),
         sa.Column("state", sa.String(16), nullable=False),
-        sa.Column("model", sa.String(1024), nullable=False),
+        sa.Column("model", sa.Text, nullable=False),
         sa.Column("generation", sa.BigInteger, nullable=False),
         sa.Column("created_us", sa.BigInteger, nullable=False),
         sa.Column("updated_us", sa.BigInteger, nullable=False),
@@ -54,8 +54,8 @@ def upgrade() -> None:
         "session_labels",
         sa.Column("tenant", sa.String(128), primary_key=True),
         sa.Column("session_id", sa.String(64), primary_key=True),
-        sa.Column("key", sa.String(256), primary_key=True),
-        sa.Column("value", sa.String(1024), nullable=False),
+        sa.Column("key", sa.String(128), primary_key=True),
+        sa.Column("value", sa.String(256), nullable=False),
         sa.ForeignKeyConstraint(
             ["tenant", "session_id"], ["sessions.tenant", "sessions.session_id"], ondelete="CASCADE"
         ),

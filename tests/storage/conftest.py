@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+from storage_samples import BLOCK_MAP, LOG_MAP
+
 from sessiond.storage.blocks import BlockStore
 from sessiond.storage.environment import Environment
 from sessiond.storage.log import LogStore
-from storage_samples import BLOCK_MAP, LOG_MAP
 
 
 @pytest.fixture
@@ -81,13 +82,24 @@ def postgres_server():
         port = probe.getsockname()[1]
 
     def call(*arguments: str) -> None:
-        subprocess.run(arguments, check=True, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, timeout=120, env={"PATH": os.environ["PATH"], "LC_ALL": "C"}, **who)  # fmt: skip
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        environment = {"PATH": os.environ["PATH"], "LC_ALL": "C"}
+        subprocess.run(arguments, check=True, cwd=folder, timeout=120, env=environment, **quiet, **who)
 
     try:
         call(str(programs / "initdb"), "-D", data, "-U", "sessiond", "--auth=trust", "-E", "UTF8", "--no-sync")
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-        call(str(programs / "pg_ctl"), "-w", "-D", data, "-l", os.path.join(folder, "log"), "-o", options, "start")
+        call(
+            str(programs / "pg_ctl"),
+            "-w",
+            "-D",
+            data,
+            "-l",
+            os.path.join(folder, "log"),
+            "-o",
+            options,
+            "start",
+        )
         try:
             yield f"postgresql://sessiond@127.0.0.1:{port}"
         finally:

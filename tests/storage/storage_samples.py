@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from sessiond.storage.environment import Environment
 from sessiond.storage.records import CellRef, RequestRecord, RevisionRecord, SessionRecord, TailRef
 from sessiond.types import Part
@@ -13,8 +14,8 @@ BLOCK_MAP = 256 << 20
 
 def session(tenant="t", session_id="s1", **changes):
     fields = {
-        "tenant": tenant, "session_id": session_id, "head_revision": "r1", "root_revision": "r1", "model": "m",
-        "adapter": "", "identity_id": "id1", "policy": {"name": "full"}, "labels": {"colour": "blau"},
+        "tenant": tenant, "session_id": session_id, "head_revision": "r1", "root_revision": "r1",
+        "model": "m", "adapter": "", "identity_id": "id1", "policy": {"name": "full"}, "labels": {"colour": "blau"},
         "created_us": 10, "updated_us": 11, "last_used_us": 12, "ttl_us": None, "expire_us": None,
         "deleted_us": None, "purge_us": None, "generation": 1, "create_request_id": "q0", "seal": True,
     }  # fmt: skip
@@ -33,8 +34,9 @@ def revision(tenant="t", revision_id="r1", **changes):
 
 def request(tenant="t", session_id="s1", request_id="q1", **changes):
     fields = {
-        "tenant": tenant, "session_id": session_id, "request_id": request_id, "digest": "ab", "state": "running",
-        "base_revision": "r1", "revision_id": "r2", "params": {"seed": 7}, "created_us": 20, "updated_us": 21,
+        "tenant": tenant, "session_id": session_id, "request_id": request_id, "digest": "ab",
+        "state": "running", "base_revision": "r1", "revision_id": "r2",
+        "params": {"seed": 7}, "created_us": 20, "updated_us": 21,
     }  # fmt: skip
     return RequestRecord(**(fields | changes))
 
@@ -49,8 +51,8 @@ def cell_ref(tenant="t", prefix_hash=bytes(range(16)), **changes):
 
 def tail_ref(tenant="t", revision_id="r1", **changes):
     fields = {
-        "tenant": tenant, "revision_id": revision_id, "start": 128, "length": 9, "raw_bytes": 10, "coded_bytes": 7,
-        "kv_digest": "11" * 16, "profile_id": "p1", "generation": 3,
+        "tenant": tenant, "revision_id": revision_id, "start": 128, "length": 9, "raw_bytes": 10,
+        "coded_bytes": 7, "kv_digest": "11" * 16, "profile_id": "p1", "generation": 3,
     }  # fmt: skip
     return TailRef(**(fields | changes))
 

@@ -5,18 +5,27 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sessiond import errors
 from sessiond.storage import envelope, keys
 
 KEY = keys.record_key("tenant", keys.SESSION, "abc")
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.text(max_size=20) | st.floats(allow_nan=False, allow_infinity=False),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.text(max_size=20)
+    | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=10,
 )  # fmt: skip
 
 
-@given(header=st.dictionaries(st.text(max_size=8), json_values, max_size=5), body=st.binary(max_size=300), frames=st.lists(st.binary(max_size=50), max_size=4))
+@given(
+    header=st.dictionaries(st.text(max_size=8), json_values, max_size=5),
+    body=st.binary(max_size=300),
+    frames=st.lists(st.binary(max_size=50), max_size=4),
+)
 def test_round_trip(header, body, frames):
     record = envelope.unpack(KEY, memoryview(envelope.pack(KEY, header, body, tuple(frames))))
     assert (record.header, bytes(record.body), bytes(record.payload)) == (header, body, b"".join(frames))
@@ -43,8 +52,10 @@ def test_every_truncation_and_extension_is_found():
 
 def test_a_record_does_not_verify_under_another_key():
     value = memoryview(envelope.pack(KEY, {}, b"body"))
-    for other in (keys.record_key("tenant", keys.SESSION, "abd"), keys.record_key("tenanu", keys.SESSION, "abc"),
-                  keys.record_key("tenant", keys.REVISION, "abc")):  # fmt: skip
+    for tenant, kind, name in (
+        ("tenant", keys.SESSION, "abd"), ("tenanu", keys.SESSION, "abc"), ("tenant", keys.REVISION, "abc"),
+    ):  # fmt: skip
+        other = keys.record_key(tenant, kind, name)
         with pytest.raises(errors.RecordCorrupt):
             envelope.unpack(other, value)
 

@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields, replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from storage_samples import cell_ref, request, revision, session, tail_ref
+
 from sessiond.storage.envelope import canonical_json
 from sessiond.storage.records import (
     CellRef,
@@ -16,7 +18,6 @@ from sessiond.storage.records import (
     from_header,
     to_header,
 )
-from storage_samples import cell_ref, request, revision, session, tail_ref
 
 scalars = st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.text(max_size=10)
 json_dicts = st.dictionaries(st.text(max_size=6), scalars | st.lists(scalars, max_size=3), max_size=4)
@@ -57,7 +58,15 @@ def test_unknown_keys_are_ignored_and_missing_ones_named(record):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("generation", "1"), ("generation", True), ("generation", None), ("ttl_us", 1.5), ("labels", {"a": 1}), ("policy", []), ("seal", 1)],
+    [
+        ("generation", "1"),
+        ("generation", True),
+        ("generation", None),
+        ("ttl_us", 1.5),
+        ("labels", {"a": 1}),
+        ("policy", []),
+        ("seal", 1),
+    ],
 )
 def test_values_of_the_wrong_type_are_refused(field, value):
     with pytest.raises(ValueError, match=field):

@@ -40,10 +40,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[descriptor_pb2.FileD
     pytest.importorskip("grpc_tools")
     out = tmp_path_factory.mktemp("descriptors") / "set.bin"
     sources = sorted(str(path.relative_to(PROTO)) for path in (PROTO / "sessiond/v1").glob("*.proto"))
+    options = [f"--proto_path={PROTO}", f"--descriptor_set_out={out}"]
     subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={PROTO}", "--include_source_info"]
-        + [f"--descriptor_set_out={out}", *sources],
-        check=True,
+        [sys.executable, "-m", "grpc_tools.protoc", "--include_source_info", *options, *sources], check=True
     )
     return list(descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file)
 
@@ -92,7 +91,7 @@ def test_every_rpc_lists_its_statuses(files: list[descriptor_pb2.FileDescriptorP
 
 
 def test_the_comments_name_only_reasons_there_are(files: list[descriptor_pb2.FileDescriptorProto]) -> None:
-    known = {name.removeprefix("ERROR_REASON_") for name in errors_pb2.ErrorReason.keys()}
+    known = {name.removeprefix("ERROR_REASON_") for name in reason_names()}
     named = {
         reason
         for file in files
@@ -106,7 +105,11 @@ def test_the_comments_name_only_reasons_there_are(files: list[descriptor_pb2.Fil
 
 def test_every_error_of_the_daemon_is_in_the_contract() -> None:
     reasons = {f"ERROR_REASON_{cls.reason}" for cls in tree(errors.SessiondError)}
-    assert reasons == set(errors_pb2.ErrorReason.keys()) - {"ERROR_REASON_UNSPECIFIED"}
+    assert reasons == reason_names() - {"ERROR_REASON_UNSPECIFIED"}
+
+
+def reason_names() -> set[str]:
+    return {value.name for value in errors_pb2.ErrorReason.DESCRIPTOR.values}
 
 
 def tree(cls: type[errors.SessiondError]) -> Iterator[type[errors.SessiondError]]:

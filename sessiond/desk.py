@@ -1,0 +1,245 @@
+"""What every session and turn of this daemon shares: store, engine, tiers, tokenizer, settings; and the way between them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import structlog
+
+from sessiond.config import Settings
+from sessiond.engine import Engine
+from sessiond.errors import MemoryBudget, SessiondError, TurnSuspended
+from sessiond.lifecycle import Event as Change
+from sessiond.live import Live
+from sessiond.sampling import SamplingParams
+from sessiond.scheduler import CellSealed, Event, SealWork
+from sessiond.storage.batch import LogBatch
+from sessiond.storage.catalog import SessionRow
+from sessiond.storage.records import RequestRecord, SessionRecord
+from sessiond.storage.store import Store
+from sessiond.template import ChatTemplate
+from sessiond.textstream import TextStream
+from sessiond.tiers import Restoration, Tiers
+
+if TYPE_CHECKING:
+    from sessiond.turn import Turn
+
+log = structlog.get_logger()
+
+Key = tuple[str, str]
+
+
+class Desk:
+    """Owned by the event loop. Blocking work goes to pools; the engine's events come back through `dispatch`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        engine: Engine,
+        tiers: Tiers,
+        tokenizer: Any,
+        template: ChatTemplate,
+        identity_id: str,
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.engine = engine
+        self.tiers = tiers
+        self.tokenizer = tokenizer
+        self.template = template
+        self.identity_id = identity_id
+        self.vocab_size = engine.model.vocab_size
+        self.max_context = engine.model.max_context
+        self.stop_ids = frozenset(template.stop_ids)
+        self.turns: dict[str, Turn] = {}
+        self.lives: dict[Key, Live] = {}
+        self.restored_tokens = 0
+        self._loop = asyncio.get_running_loop()
+        self._sealed: dict[str, asyncio.Future[None]] = {}
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="store")
+        self._sql = ThreadPoolExecutor(1, thread_name_prefix="sql")
+        self._locks: dict[Key, asyncio.Lock] = {}
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._sql.shutdown()
+        self.tiers.close()
+
+    # --- text ----------------------------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def new_stream(self, sampling: SamplingParams) -> TextStream:
+        return TextStream(self.decode, sampling.stop)
+
+    # --- between threads -----------------------------------------------------------------------------------------
+
+    def post(self, events: list[Event]) -> None:
+        """Called by the engine thread once a step."""
+        self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, CellSealed):
+                waiting = self._sealed.get(event.owner)
+                if waiting and event.index < 0 and not waiting.done():
+                    waiting.set_result(None)
+            elif turn := self.turns.get(event.turn_id):
+                turn.deliver(event)
+
+    async def in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await self._loop.run_in_executor(self._pool, function, *args)
+
+    async def in_sql(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await self._loop.run_in_executor(self._sql, function, *args)
+
+    # --- the session record and its index ------------------------------------------------------------------------
+
+    @staticmethod
+    def now_us() -> int:
+        return time.time_ns() // 1000
+
+    async def edit(self, live: Live, build: Callable[[SessionRecord], LogBatch]) -> SessionRecord:
+        """Read a session's record, let `build` turn it into a batch, and wait until that is durable.
+
+        Edits of one session follow each other, so none is lost. Returns the record as stored afterwards.
+        """
+        lock = self._locks.setdefault((live.tenant, live.session_id), asyncio.Lock())
+        async with lock:
+            batch = build(self.store.log.session(live.tenant, live.session_id))
+            await asyncio.wrap_future(self.store.log.write(batch))
+            record = self.store.log.session(live.tenant, live.session_id)
+        self.index(record)
+        return record
+
+    def index(self, record: SessionRecord) -> None:
+        """Bring the SQL index up to date, in its own time; what is missed is reconciled at the next start."""
+        future = self._sql.submit(self.store.catalog.upsert_sessions, [SessionRow.of(record)])
+        future.add_done_callback(_report)
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def live(self, tenant: str, session_id: str) -> Live:
+        return self.lives.setdefault((tenant, session_id), Live(tenant, session_id))
+
+    @property
+    def hot_bytes(self) -> int:
+        return sum(live.cache.nbytes for live in self.lives.values() if live.cache)
+
+    async def warm(self, live: Live) -> Restoration:
+        """Bring a cold session's KV into memory. The lease must be held, the history loaded."""
+        await self._make_room(len(live.ids) * self.engine.model.shape.bytes_per_token)
+        live.cache, report = await self.in_pool(self.tiers.restore, live.tenant, live.chain, live.ids)
+        live.persisted = live.cache.length
+        live.advance(Change.WARM)
+        self.restored_tokens += report.tokens_restored
+        return report  # type: ignore[no-any-return]
+
+    async def _make_room(self, needed: int) -> None:
+        """Push out idle sessions, least recently used first, until `needed` bytes fit. Raises MemoryBudget."""
+        budget = self.settings.memory_budget_bytes
+        idle = sorted((x for x in self.lives.values() if x.cache and not x.lease.locked()), key=lambda x: x.last_used)
+        for live in idle:
+            if self.hot_bytes + needed <= budget:
+                break
+            if not live.lease.locked():  # never wait for a lease while holding one
+                await self.suspend(live)
+        if self.hot_bytes + needed > budget:
+            raise MemoryBudget(
+                f"{needed} bytes of KV do not fit: {self.hot_bytes} of {budget} are in use by running turns",
+                retry_after=1.0,
+                needed_bytes=needed,
+                used_bytes=self.hot_bytes,
+                budget_bytes=budget,
+            )
+
+    async def suspend(self, live: Live) -> tuple[int, int]:
+        """Persist and leave memory. Returns bytes written and freed."""
+        async with live.lease:
+            await self.unsettle(live)
+            if not live.cache:
+                return 0, 0
+            written = await self.persist(live)
+            return written, live.drop_cache()
+
+    # --- after a turn --------------------------------------------------------------------------------------------
+
+    def settle(self, live: Live) -> None:
+        """Seal and persist in the background; the next turn may interrupt it at any point."""
+        live.settling = asyncio.create_task(self._settle(live))
+
+    async def unsettle(self, live: Live) -> None:
+        """Stop background work on a session: its cache belongs to the caller (who holds the lease) afterwards."""
+        if live.settling:
+            live.settling.cancel()
+            await asyncio.gather(live.settling, return_exceptions=True)
+            live.settling = None
+            self.engine.cancel_seal(live.owner)
+
+    async def _settle(self, live: Live) -> None:
+        record = self.store.log.session(live.tenant, live.session_id)
+        try:
+            if record.seal and self.settings.seal and live.cache:
+                await self._seal(live)
+            await self.persist(live)
+        except SessiondError as error:
+            log.error("KV could not be persisted", session=live.session_id, error=error.message)
+
+    async def _seal(self, live: Live) -> None:
+        assert live.cache is not None
+        sealed = self._sealed[live.owner] = self._loop.create_future()
+        upto = len(live.ids) // self.store.cell_tokens * self.store.cell_tokens
+        self.engine.seal(SealWork(live.owner, live.cache, live.ids.tolist(), upto))
+        try:
+            await sealed
+        finally:
+            self._sealed.pop(live.owner, None)
+
+    async def persist(self, live: Live) -> int:
+        """Make all KV of the head durable. Returns bytes written."""
+        cache, head, ids = live.cache, live.head, live.ids
+        if cache is None:
+            return 0
+        written: int = await self.in_pool(self.tiers.persist_cells, live.tenant, ids, cache, 0)
+
+        def snapshot() -> tuple[int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
+            start, end = cache.sealed, max(cache.sealed, min(cache.length, len(ids)))
+            return start, cache.copies(start, end)
+
+        start, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
+        older = [revision.revision_id for revision in live.chain[:-1]][-8:]
+        # A cancelled task must not leave two writers of one tail: the pool's work is waited for, never abandoned.
+        if live.saving:
+            await asyncio.wait([live.saving])
+        live.saving = self._loop.run_in_executor(
+            self._pool, self.tiers.persist_tail, live.tenant, head, start, arrays, older
+        )
+        written += await asyncio.shield(live.saving)
+        if live.head == head:
+            live.persisted = start + (arrays[0][0].shape[1] if arrays else 0)
+        return written
+
+    @staticmethod
+    def suspended_error(request: RequestRecord) -> TurnSuspended:
+        return TurnSuspended(
+            f"turn {request.request_id} is suspended; come back with its request_id, or set supersede",
+            request_id=request.request_id,
+        )
+
+
+def _report(future: Any) -> None:
+    error = future.exception()
+    if error is not None:
+        log.error("SQL index not updated", error=str(error))

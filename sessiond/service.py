@@ -1,0 +1,249 @@
+"""The gRPC services: decode a request, call the domain, encode the reply. Errors are mapped in server.py."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from sessiond import wire
+from sessiond.auth import Principals
+from sessiond.desk import Desk
+from sessiond.errors import BadRequest, NotImplementedYet
+from sessiond.policies.registry import POLICIES
+from sessiond.sessions import Sessions
+from sessiond.v1 import admin_pb2 as admin
+from sessiond.v1 import sessions_pb2 as pb
+from sessiond.v1 import types_pb2 as types
+from sessiond.v1.admin_pb2_grpc import AdminServicer
+from sessiond.v1.sessions_pb2_grpc import SessionsServicer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_UPDATABLE = ("labels", "policy", "ttl", "expire_time")
+
+
+class SessionsService(SessionsServicer):
+    """sessiond.v1.Sessions."""
+
+    def __init__(self, sessions: Sessions, principals: Principals) -> None:
+        self.sessions = sessions
+        self.tenant = principals.tenant
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> types.Session:
+        return wire.session(await self.sessions.create(self.tenant(context), wire.new_session(request)))
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> types.Session:
+        return wire.session(await self.sessions.get(self.tenant(context), request.session_id))
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
+        labels, state, hot = wire.parse_filter(request.filter)
+        if request.page_size < 0:
+            raise BadRequest("page_size must not be negative", field="page_size")
+        if state is None and not request.show_deleted:
+            state = "active"
+        views, token = await self.sessions.list(
+            self.tenant(context),
+            labels=labels,
+            state=state,
+            hot=hot,
+            page_size=request.page_size,
+            page_token=request.page_token,
+        )
+        return pb.ListSessionsResponse(sessions=[wire.session(view) for view in views], next_page_token=token)
+
+    async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> types.Session:
+        changes: dict[str, Any] = {}
+        for path in request.update_mask.paths or _present(request.session):
+            if path == "labels":
+                changes["labels"] = dict(request.session.labels)
+            elif path == "policy":
+                name, knobs = wire.policy(request.session.policy)
+                changes["policy"] = {"name": name, "knobs": knobs}
+            elif path == "ttl":
+                given = request.session.HasField("ttl")
+                changes["ttl_us"] = wire.micros(request.session.ttl) if given else None
+                if given and changes["ttl_us"] <= 0:
+                    raise BadRequest("ttl must be positive", field="ttl")
+                if not given:
+                    changes["expire_us"] = None
+            elif path == "expire_time":
+                given = request.session.HasField("expire_time")
+                changes["expire_us"] = wire.micros(request.session.expire_time) if given else None
+                changes["ttl_us"] = None
+            else:
+                raise BadRequest(f"{path!r} cannot be updated; {', '.join(_UPDATABLE)} can", field="update_mask")
+        session = request.session
+        view = await self.sessions.update(self.tenant(context), session.session_id, session.etag, changes)
+        return wire.session(view)
+
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
+        view, freed = await self.sessions.delete(
+            self.tenant(context), request.session_id, request.etag, purge_now=request.purge_now
+        )
+        return pb.DeleteSessionResponse(session=wire.session(view) if view else None, freed_bytes=freed)
+
+    async def UndeleteSession(self, request: pb.UndeleteSessionRequest, context: Context) -> types.Session:
+        view = await self.sessions.undelete(self.tenant(context), request.session_id, request.etag)
+        return wire.session(view)
+
+    async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
+        views, token = await self.sessions.revisions(
+            self.tenant(context), request.session_id, request.page_size, request.page_token
+        )
+        return pb.ListRevisionsResponse(revisions=[wire.revision(view) for view in views], next_page_token=token)
+
+    async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> types.Revision:
+        view = await self.sessions.revision(self.tenant(context), request.session_id, request.revision_id)
+        return wire.revision(view)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.TurnEvent]:
+        events = self.sessions.generate(self.tenant(context), wire.turn_request(request))
+        sequence = 0
+        try:
+            async for event in events:
+                yield wire.turn_event(sequence, event)
+                sequence += 1
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    async def AbortTurn(self, request: pb.AbortTurnRequest, context: Context) -> pb.AbortTurnResponse:
+        stopped, revision, count = await self.sessions.abort(
+            self.tenant(context), request.session_id, request.request_id, commit=request.commit
+        )
+        return pb.AbortTurnResponse(stopped=stopped, revision_id=revision, generated_tokens=count)
+
+    async def WarmSession(self, request: pb.WarmSessionRequest, context: Context) -> pb.WarmSessionResponse:
+        view, report = await self.sessions.warm(self.tenant(context), request.session_id)
+        return pb.WarmSessionResponse(session=wire.session(view), restored=wire.restored(report) if report else None)
+
+    async def SuspendSession(self, request: pb.SuspendSessionRequest, context: Context) -> pb.SuspendSessionResponse:
+        view, written, freed = await self.sessions.suspend(self.tenant(context), request.session_id)
+        return pb.SuspendSessionResponse(session=wire.session(view), bytes_written=written, bytes_freed=freed)
+
+    async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
+        tokens, held = await self.sessions.count_tokens(
+            self.tenant(context),
+            request.session_id,
+            wire.messages(request.messages),
+            generation_prompt=request.add_generation_prompt,
+        )
+        limit = self.sessions.desk.max_context
+        return pb.CountTokensResponse(tokens=tokens, session_tokens=held, max_context_tokens=limit)
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> types.Session:
+        raise NotImplementedYet("ForkSession is not served by this version")
+
+    async def RollbackSession(self, request: pb.RollbackSessionRequest, context: Context) -> types.Session:
+        raise NotImplementedYet("RollbackSession is not served by this version")
+
+    async def ExplainTurn(self, request: pb.ExplainTurnRequest, context: Context) -> pb.ExplainTurnResponse:
+        raise NotImplementedYet("ExplainTurn is not served by this version")
+
+    async def ExportSession(
+        self, request: pb.ExportSessionRequest, context: Context
+    ) -> AsyncIterator[pb.ExportSessionResponse]:
+        raise NotImplementedYet("ExportSession is not served by this version")
+        yield
+
+    async def ImportSession(
+        self, request_iterator: AsyncIterator[pb.ImportSessionRequest], context: Context
+    ) -> pb.ImportSessionResponse:
+        raise NotImplementedYet("ImportSession is not served by this version")
+
+
+class AdminService(AdminServicer):
+    """sessiond.v1.Admin."""
+
+    def __init__(
+        self, sessions: Sessions, identity: dict[str, str], profile: dict[str, str], principals: Principals
+    ) -> None:
+        self.sessions = sessions
+        self.identity = identity
+        self.profile = profile
+        self.tenant = principals.tenant
+        self.started_us = Desk.now_us()
+        self.started = time.monotonic()
+
+    async def GetServerInfo(
+        self, request: admin.GetServerInfoRequest, context: Context
+    ) -> admin.GetServerInfoResponse:
+        self.tenant(context)
+        desk = self.sessions.desk
+        state = admin.SERVER_STATE_DRAINING if self.sessions.draining else admin.SERVER_STATE_SERVING
+        return admin.GetServerInfoResponse(
+            version=version("sessiond"),
+            capabilities=["sealing", "resume", "revisions"],
+            model=self.sessions.model_name,
+            identity=types.ModelIdentity(identity_id=desk.identity_id, fields=self.identity),
+            numerics_profile=admin.NumericsProfile(fields=self.profile),
+            kernels={"attention": self.profile["attention"]},
+            cell_tokens=desk.store.cell_tokens,
+            max_context_tokens=desk.max_context,
+            start_time=wire.timestamp(self.started_us),
+            data_directory=str(desk.store.root),
+            state=state,
+            policies=sorted(POLICIES),
+        )
+
+    async def GetStats(self, request: admin.GetStatsRequest, context: Context) -> admin.GetStatsResponse:
+        self.tenant(context)
+        desk = self.sessions.desk
+        usage = await desk.in_pool(desk.tiers.disk_usage)
+        counters = desk.engine.counters
+        hot = sum(1 for live in desk.lives.values() if live.cache)
+        response = admin.GetStatsResponse(
+            sessions_by_tier={"hot": hot, "cold": usage.sessions - usage.deleted - hot},
+            sessions_deleted=usage.deleted,
+            turns_running=len(desk.turns),
+            turns_suspended=usage.suspended,
+            memory_bytes_by_tier={"hot": desk.hot_bytes},
+            memory_budget_bytes_by_tier={"hot": desk.settings.memory_budget_bytes},
+            disk=admin.DiskUsage(
+                log_file_bytes=usage.log_file,
+                blocks_file_bytes=usage.blocks_file,
+                kv_coded_bytes=usage.coded,
+                kv_raw_bytes=usage.raw,
+                index_bytes=usage.index,
+                free_bytes=desk.store.free_bytes(),
+            ),
+            tokens=admin.TokenTotals(
+                prefilled=counters.prefilled,
+                decoded=counters.decoded,
+                restored=desk.restored_tokens,
+                recomputed=counters.recomputed,
+                sealed=counters.sealed,
+            ),
+            gauges={"kv_coded_page_bytes": float(usage.coded_pages), "engine_steps": float(counters.steps)},
+            sample_time=wire.timestamp(desk.now_us()),
+        )
+        response.uptime.FromNanoseconds(int((time.monotonic() - self.started) * 1e9))
+        return response
+
+    async def WatchStats(
+        self, request: admin.WatchStatsRequest, context: Context
+    ) -> AsyncIterator[admin.GetStatsResponse]:
+        raise NotImplementedYet("WatchStats is not served by this version")
+        yield
+
+    async def VerifyStore(
+        self, request: admin.VerifyStoreRequest, context: Context
+    ) -> AsyncIterator[admin.VerifyStoreResponse]:
+        raise NotImplementedYet("VerifyStore is not served by this version")
+        yield
+
+    async def CompactStore(
+        self, request: admin.CompactStoreRequest, context: Context
+    ) -> admin.CompactStoreResponse:
+        raise NotImplementedYet("CompactStore is not served by this version")
+
+    async def DrainServer(self, request: admin.DrainServerRequest, context: Context) -> admin.DrainServerResponse:
+        raise NotImplementedYet("DrainServer is not served by this version")
+
+
+def _present(session: types.Session) -> list[str]:
+    """Without a mask, the updatable fields that are set (AIP-134)."""
+    return [name for name, _ in ((d.name, v) for d, v in session.ListFields()) if name in _UPDATABLE]

@@ -1,0 +1,329 @@
+"""protobuf <-> domain values. No behaviour: what a field means is said in proto/, what happens in sessions.py."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from blake3 import blake3
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from sessiond.admission import APPEND_ONLY, CONTINUE, NEW_INPUT, TurnRequest
+from sessiond.errors import BadMessage, BadRequest, NotImplementedYet
+from sessiond.sampling import SamplingParams
+from sessiond.sessions import NewSession, RevisionView, SessionView
+from sessiond.template import Message
+from sessiond.tiers import Restoration
+from sessiond.turn import Accepted, Finished, Tokens, TurnEvent
+from sessiond.types import FinishReason
+from sessiond.v1 import sessions_pb2 as pb
+from sessiond.v1 import types_pb2 as types
+
+FINISH = {
+    FinishReason.STOP: types.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types.FINISH_REASON_LENGTH,
+    FinishReason.CONTEXT_FULL: types.FINISH_REASON_CONTEXT_FULL,
+    FinishReason.TOOL_CALL: types.FINISH_REASON_TOOL_CALL,
+    FinishReason.ABORTED: types.FINISH_REASON_ABORTED,
+}
+KINDS = {
+    "root": types.REVISION_KIND_ROOT,
+    "turn": types.REVISION_KIND_TURN,
+    "append": types.REVISION_KIND_APPEND,
+}
+MODES = {
+    pb.GENERATE_MODE_UNSPECIFIED: NEW_INPUT,
+    pb.GENERATE_MODE_NEW_INPUT: NEW_INPUT,
+    pb.GENERATE_MODE_CONTINUE: CONTINUE,
+    pb.GENERATE_MODE_APPEND_ONLY: APPEND_ONLY,
+}
+ATTACHMENTS = {
+    "started": pb.ATTACHMENT_STARTED,
+    "joined": pb.ATTACHMENT_JOINED,
+    "resumed": pb.ATTACHMENT_RESUMED,
+    "replayed": pb.ATTACHMENT_REPLAYED,
+}
+CAUSES = {
+    "not_persisted": pb.RECOMPUTE_CAUSE_NOT_PERSISTED,
+    "corrupt": pb.RECOMPUTE_CAUSE_CORRUPT,
+}
+
+# Fields of a request that do not change what it does: two requests that differ only here are the same request.
+_NOT_DIGESTED = ("request_id", "resume_after_tokens", "wait", "supersede", "abort_on_disconnect")
+
+
+def digest(request: ProtoMessage) -> str:
+    """Hex digest of what a request asks for."""
+    copy = type(request)()
+    copy.CopyFrom(request)
+    for name in _NOT_DIGESTED:
+        if name in copy.DESCRIPTOR.fields_by_name:
+            copy.ClearField(name)
+    return blake3(copy.SerializeToString(deterministic=True)).hexdigest(16)
+
+
+def messages(protos: Iterable[types.Message]) -> tuple[Message, ...]:
+    """Raises BadMessage or EmptyInput."""
+    out = []
+    for proto in protos:
+        parts = [part.WhichOneof("part") for part in proto.content]
+        if any(kind != "text" for kind in parts):
+            raise BadMessage("a content part holds nothing; this version takes text parts")
+        calls = tuple({"id": c.id, "name": c.name, "arguments_json": c.arguments_json} for c in proto.tool_calls)
+        text = "".join(part.text for part in proto.content)
+        out.append(Message(proto.role, text, calls, proto.tool_call_id, proto.name))
+    return tuple(out)
+
+
+def message(value: Message) -> types.Message:
+    calls = [types.ToolCall(**call) for call in value.tool_calls]
+    content = [types.ContentPart(text=value.content)] if value.content else []
+    return types.Message(
+        role=value.role, content=content, tool_calls=calls, tool_call_id=value.tool_call_id, name=value.name
+    )
+
+
+def sampling(proto: types.Sampling) -> SamplingParams:
+    """Raises BadSampling."""
+    given: dict[str, Any] = {}
+    for name in (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+        "max_tokens",
+        "logprobs",
+    ):
+        if proto.HasField(name):
+            given[name] = getattr(proto, name)
+    return SamplingParams(
+        **given,
+        logit_bias=tuple(sorted(proto.logit_bias.items())),
+        stop=tuple(proto.stop),
+        stop_token_ids=tuple(proto.stop_token_ids),
+    )
+
+
+def policy(proto: types.Policy) -> tuple[str, dict[str, Any]]:
+    return proto.name or "full", MessageToDict(proto.knobs)
+
+
+def micros(proto: Timestamp | Duration) -> int:
+    return int(proto.seconds) * 1_000_000 + proto.nanos // 1000
+
+
+def timestamp(us: int | None) -> Timestamp | None:
+    return None if us is None else Timestamp(seconds=us // 1_000_000, nanos=us % 1_000_000 * 1000)
+
+
+def expiration(request: Any) -> tuple[int | None, int | None]:
+    """(ttl, expire_time) in microseconds of a request's `expiration`. Raises BadRequest for a ttl that is not positive."""
+    which = request.WhichOneof("expiration")
+    if which == "ttl":
+        ttl = micros(request.ttl)
+        if ttl <= 0:
+            raise BadRequest("ttl must be positive", field="ttl")
+        return ttl, None
+    return None, micros(request.expire_time) if which else None
+
+
+def new_session(request: pb.CreateSessionRequest) -> NewSession:
+    """Raises BadMessage, BadRequest or EmptyInput."""
+    given = messages(request.messages)
+    if request.system:
+        given = (Message("system", request.system), *given)
+    ttl, expire = expiration(request)
+    return NewSession(
+        request_id=request.request_id,
+        digest=digest(request),
+        messages=given,
+        token_ids=tuple(request.token_ids.ids) if request.HasField("token_ids") else None,
+        tools=tuple(
+            {"name": t.name, "description": t.description, "parameters_json_schema": t.parameters_json_schema}
+            for t in request.tools
+        ),
+        model=request.model,
+        adapter=request.adapter,
+        policy=policy(request.policy),
+        labels=dict(request.labels),
+        ttl_us=ttl,
+        expire_us=expire,
+    )
+
+
+def turn_request(request: pb.GenerateRequest) -> TurnRequest:
+    """Raises BadMessage, BadSampling, BadRequest, EmptyInput or NotImplementedYet."""
+    if request.mode not in MODES:
+        raise BadRequest(f"unknown mode {request.mode}", field="mode")
+    if request.context_overflow == pb.CONTEXT_OVERFLOW_SLIDE:
+        raise NotImplementedYet("context_overflow SLIDE is reserved", field="context_overflow")
+    if request.retemplate:
+        raise NotImplementedYet("retemplate is not served by this version", field="retemplate")
+    return TurnRequest(
+        session_id=request.session_id,
+        request_id=request.request_id,
+        digest=digest(request),
+        base_revision=request.base_revision_id,
+        mode=MODES[request.mode],
+        messages=messages(request.messages),
+        token_ids=tuple(request.token_ids.ids) if request.HasField("token_ids") else None,
+        sampling=sampling(request.sampling),
+        policy=policy(request.policy) if request.HasField("policy") else None,
+        resume_after=request.resume_after_tokens,
+        wait=request.wait,
+        supersede=request.supersede,
+        abort_on_disconnect=request.abort_on_disconnect,
+    )
+
+
+def session(view: SessionView) -> types.Session:
+    record = view.record
+    proto = types.Session(
+        session_id=record.session_id,
+        tenant=record.tenant,
+        head_revision_id=record.head_revision,
+        root_revision_id=record.root_revision,
+        model=record.model,
+        adapter=record.adapter,
+        policy=types.Policy(name=record.policy["name"]),
+        labels=record.labels,
+        state=types.SESSION_STATE_ACTIVE if record.deleted_us is None else types.SESSION_STATE_DELETED,
+        tier=types.TIER_HOT if view.hot else types.TIER_COLD,
+        create_time=timestamp(record.created_us),
+        update_time=timestamp(record.updated_us),
+        last_used_time=timestamp(record.last_used_us),
+        expire_time=timestamp(record.expire_us),
+        delete_time=timestamp(record.deleted_us),
+        purge_time=timestamp(record.purge_us),
+        etag=str(record.generation),
+        token_count=view.token_count,
+        exact_upto=view.exact_upto,
+        persisted_upto=view.persisted_upto,
+        bytes_hot=view.bytes_hot,
+        running_request_id=view.running_request,
+        suspended_request_id=view.suspended_request,
+    )
+    proto.policy.knobs.update(record.policy["knobs"])
+    if record.ttl_us is not None:
+        proto.ttl.CopyFrom(Duration(seconds=record.ttl_us // 1_000_000, nanos=record.ttl_us % 1_000_000 * 1000))
+    return proto
+
+
+def revision(view: RevisionView) -> types.Revision:
+    record = view.record
+    return types.Revision(
+        revision_id=record.revision_id,
+        session_id=record.session_id,
+        parent_revision_id=record.parent or "",
+        kind=KINDS[record.kind],
+        messages=[message(m) for m in view.asked],
+        answer=message(view.said[0]) if view.said else None,
+        log_start=record.log_start,
+        log_end=record.log_end,
+        usage=usage(record.usage),
+        finish_reason=FINISH[FinishReason(record.finish_reason)] if record.finish_reason else 0,
+        aborted=record.aborted,
+        create_time=timestamp(record.created_us),
+        exact_upto=view.exact_upto,
+        request_id=record.request_id,
+    )
+
+
+def usage(value: dict[str, int]) -> types.Usage:
+    return types.Usage(
+        prompt_tokens_new=value.get("new", 0),
+        prompt_tokens_reused=value.get("reused", 0),
+        generated_tokens=value.get("generated", 0),
+    )
+
+
+def restored(report: Restoration) -> pb.Restored:
+    return pb.Restored(
+        tier=types.TIER_COLD,
+        bytes_read=report.bytes_read,
+        milliseconds=report.milliseconds,
+        tokens_restored=report.tokens_restored,
+        tokens_recomputed=sum(r.tokens for r in report.recomputed),
+        reasons=[
+            pb.RecomputeReason(reason=CAUSES[r.cause], tokens=r.tokens, detail=r.detail) for r in report.recomputed
+        ],
+    )
+
+
+def turn_event(sequence: int, event: TurnEvent) -> pb.TurnEvent:
+    if isinstance(event, Tokens):
+        return pb.TurnEvent(sequence=sequence, token=_tokens(event))
+    if isinstance(event, Accepted):
+        accepted = pb.Accepted(
+            revision_id=event.base_revision,
+            turn_revision_id=event.turn_revision,
+            prompt_tokens_new=event.new,
+            prompt_tokens_reused=event.reused,
+            template_drift=event.drift,
+            attachment=ATTACHMENTS[event.attachment],
+            log_start=event.log_start,
+        )
+        return pb.TurnEvent(sequence=sequence, accepted=accepted)
+    if isinstance(event, Restoration):
+        return pb.TurnEvent(sequence=sequence, restored=restored(event))
+    return pb.TurnEvent(sequence=sequence, finished=_finished(event))
+
+
+def _tokens(event: Tokens) -> pb.Tokens:
+    out = pb.Tokens(
+        first_token_index=event.first_index,
+        text_offset=event.text_offset,
+        token_ids=[s.token_id for s in event.sampled],
+        text=event.text,
+    )
+    for sampled in event.sampled:
+        if sampled.logprob is not None and not math.isnan(sampled.logprob):
+            top = [pb.TopLogprob(token_id=t, logprob=p) for t, p in sampled.top]
+            out.logprobs.append(pb.TokenLogprobs(token_id=sampled.token_id, logprob=sampled.logprob, top=top))
+    return out
+
+
+def _finished(event: Finished) -> pb.Finished:
+    return pb.Finished(
+        revision_id=event.revision,
+        finish_reason=FINISH[event.reason],
+        stop=event.stop,
+        committed_tokens=event.committed,
+        usage=usage(event.usage),
+        time_to_first_token_ms=event.ttft_ms,
+        tokens_per_second=event.tokens_per_second,
+        memory_bytes_by_tier=event.memory,
+        notices=event.notices,
+        answer=types.Message(role="assistant", content=[types.ContentPart(text=event.answer)]),
+    )
+
+
+_CLAUSE = re.compile(
+    r'\s*(?:labels\.(?P<label>[\w./-]+)\s*=\s*"(?P<value>[^"]*)"|(?P<field>state|tier)\s*=\s*(?P<word>\w+))\s*'
+)
+
+
+def parse_filter(text: str) -> tuple[dict[str, str], str | None, bool | None]:
+    """(labels, state, hot) of `labels.KEY = "VALUE" AND state = ACTIVE AND tier = HOT`. Raises BadRequest."""
+    labels: dict[str, str] = {}
+    state: str | None = None
+    hot: bool | None = None
+    for clause in re.split(r"\bAND\b", text) if text.strip() else []:
+        match = _CLAUSE.fullmatch(clause)
+        word = match["word"].upper() if match and match["word"] else ""
+        if match and match["label"]:
+            labels[match["label"]] = match["value"]
+        elif match and match["field"] == "state" and word in ("ACTIVE", "DELETED"):
+            state = word.lower()
+        elif match and match["field"] == "tier" and word in ("HOT", "COLD", "WARM"):
+            hot = word == "HOT"
+        else:
+            raise BadRequest(f"filter clause {clause.strip()!r} is not understood", field="filter")
+    return labels, state, hot
