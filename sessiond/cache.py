@@ -108,13 +108,13 @@ class PackedSpan:
         return mask
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a packed step: hands each span's new rows to its session."""
 
     is_sliding = False
 
     def __init__(self, layer: int, spans: list[PackedSpan]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer = layer
         self.spans = spans
         self.is_initialized = True
@@ -140,7 +140,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedCache(Cache):
     """The transformers Cache of one packed step over any number of sessions."""
 
     def __init__(self, n_layers: int, spans: list[PackedSpan]) -> None:

@@ -1,4 +1,4 @@
-"""What every session and turn of this daemon shares: store, engine, tiers, tokenizer, settings; and the way between them."""
+"""What all sessions and turns of a daemon share: store, engine, tiers, tokenizer, settings, and the way between them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from sessiond.engine import Engine
 from sessiond.errors import MemoryBudget, SessiondError, TurnSuspended
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
-from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Event, SealWork
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionRow
 from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate
-from sessiond.textstream import TextStream
+from sessiond.textstream import Detokenizer, TextStream
 from sessiond.tiers import Restoration, Tiers
 
 if TYPE_CHECKING:
@@ -52,6 +51,7 @@ class Desk:
         self.engine = engine
         self.tiers = tiers
         self.tokenizer = tokenizer
+        self.detokenizer = Detokenizer(tokenizer)
         self.template = template
         self.identity_id = identity_id
         self.vocab_size = engine.model.vocab_size
@@ -74,15 +74,14 @@ class Desk:
     # --- text ----------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return self.detokenizer.decode(ids)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def new_stream(self, sampling: SamplingParams) -> TextStream:
-        return TextStream(self.decode, sampling.stop)
+    def new_stream(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> TextStream:
+        return TextStream(self.detokenizer, stop, context)
 
     # --- between threads -----------------------------------------------------------------------------------------
 

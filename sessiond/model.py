@@ -114,6 +114,6 @@ def numerics_profile(threads: int) -> dict[str, str]:
         "device": "cpu",
         "threads": str(threads),
         "attention": "torch-mm-per-group",
-        "mkldnn": str(torch.backends.mkldnn.is_available()),
+        "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
         "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
     }

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -216,6 +217,18 @@ def log_softmax(logits: Floats) -> NDArray[np.float64]:
     return logprobs
 
 
+def _row(logits: Tensor) -> Floats:
+    """Logits [V] as float32 in host memory, possibly sharing the tensor's; widened without torch's thread pool,
+    whose barrier costs milliseconds when other work holds the cores."""
+    host = logits.detach().cpu()
+    if host.dtype == torch.bfloat16:
+        bits = host.view(torch.int16).numpy().view(np.uint16)
+        widened: Floats = (bits.astype(np.uint32) << 16).view(np.float32)
+        return widened
+    row: Floats = host.numpy().astype(np.float32, copy=False)
+    return row
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """A chosen token. `logprob` and `top` (likeliest first; ties: lowest id first) are of the model's own
@@ -272,7 +285,7 @@ class Sampler:
             token_id = int(logits.argmax())
             assert math.isfinite(float(logits[token_id])), "logits hold NaN or no finite value"
             return Sampled(token_id)
-        raw: Floats = logits.detach().float().cpu().numpy()
+        raw = _row(logits)
         edited = self._edit(raw) if self._edited else raw
         best = int(edited.argmax())
         # argmax stops at NaN, so this one look finds any.

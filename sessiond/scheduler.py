@@ -88,8 +88,9 @@ Event = TokenOut | Prefilled | Ended | CellSealed
 class TurnWork:
     """A turn as the engine sees it: tokens to compute, then tokens to sample.
 
-    `tokens`: all log tokens up to the end of the prompt. `logged`: tokens this turn generated before it was interrupted;
-    they are fed one at a time, as they were when they were sampled, so that sampling goes on as if nothing had happened.
+    `tokens`: all log tokens up to the end of the prompt. `logged`: tokens this turn generated before it was
+    interrupted; they are fed one at a time, as when they were sampled, so that sampling goes on as if nothing happened.
+    `known`: positions whose KV had been computed before; computing them again is counted.
     """
 
     def __init__(
@@ -127,9 +128,9 @@ class TurnWork:
 
     def _replay(self, token: int) -> None:
         """Take a token that was sampled before: sampler and text go on as if it had just come."""
-        self.sampler.accept(token)
+        self.sampler.observe(token)
         delta = self.stream.push(token)
-        sampled = Sampled(token, None, ())
+        sampled = Sampled(token)
         self.replayed.append(TokenOut(self.turn_id, self.generated, sampled, delta.text, delta.byte_offset))
         self.generated += 1
 
@@ -155,32 +156,27 @@ class TurnWork:
         token, index = sampled.token_id, self.generated
         self.generated += 1
         self.pending.append(token)
-        self.sampler.accept(token)
-        reason, hit = None, None
-        if token in self.stop_ids:
+        reason = None
+        delta = self.stream.flush() if token in self.stop_ids else self.stream.push(token)
+        if token in self.stop_ids or self.stream.stopped:
             reason = FinishReason.STOP
-            delta = self.stream.flush()
-        else:
-            delta = self.stream.push(token)
-            hit = self.stream.stopped
-            if hit is not None:
-                reason = FinishReason.STOP
-            elif self.generated >= self.max_new:
-                reason = FinishReason.LENGTH
-            elif self.cache.length + 1 >= self.max_context:
-                reason = FinishReason.CONTEXT_FULL
+        elif self.generated >= self.max_new:
+            reason = FinishReason.LENGTH
+        elif self.cache.length + 1 >= self.max_context:
+            reason = FinishReason.CONTEXT_FULL
         text = delta.text
-        if reason is not None and hit is None and token not in self.stop_ids:
-            text += self.stream.flush().text
+        if reason is not None:
+            text += self.stream.flush().text  # may complete a stop string
+        hit = self.stream.stopped
         events: list[Event] = [TokenOut(self.turn_id, index, sampled, text, delta.byte_offset)]
         if reason is not None:
-            events.append(Ended(self.turn_id, reason, hit))
+            events.append(Ended(self.turn_id, FinishReason.STOP if hit else reason, hit))
         return events, reason is not None
 
 
 @dataclass(slots=True)
 class SealWork:
-    """Cells [cache.sealed, upto) of a session to be computed canonically, one cell a step, when no turn wants the model."""
+    """Cells [cache.sealed, upto) of a session to be computed canonically, one a step, when no turn wants the model."""
 
     owner: str
     cache: SessionCache

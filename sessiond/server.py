@@ -70,7 +70,7 @@ def rpc_error(error: SessiondError) -> status_pb2.Status:
     return status_pb2.Status(code=error.status.value, message=error.message, details=packed)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps the error tree to statuses. Anything else is a bug: logged whole, told as INTERNAL."""
 
     async def intercept_service(

@@ -45,7 +45,7 @@ class SessionsService(SessionsServicer):
             raise BadRequest("page_size must not be negative", field="page_size")
         if state is None and not request.show_deleted:
             state = "active"
-        views, token = await self.sessions.list(
+        views, token = await self.sessions.page(
             self.tenant(context),
             labels=labels,
             state=state,
@@ -168,9 +168,7 @@ class AdminService(AdminServicer):
         self.started_us = Desk.now_us()
         self.started = time.monotonic()
 
-    async def GetServerInfo(
-        self, request: admin.GetServerInfoRequest, context: Context
-    ) -> admin.GetServerInfoResponse:
+    async def GetServerInfo(self, request: admin.GetServerInfoRequest, context: Context) -> admin.GetServerInfoResponse:
         self.tenant(context)
         desk = self.sessions.desk
         state = admin.SERVER_STATE_DRAINING if self.sessions.draining else admin.SERVER_STATE_SERVING
@@ -235,9 +233,7 @@ class AdminService(AdminServicer):
         raise NotImplementedYet("VerifyStore is not served by this version")
         yield
 
-    async def CompactStore(
-        self, request: admin.CompactStoreRequest, context: Context
-    ) -> admin.CompactStoreResponse:
+    async def CompactStore(self, request: admin.CompactStoreRequest, context: Context) -> admin.CompactStoreResponse:
         raise NotImplementedYet("CompactStore is not served by this version")
 
     async def DrainServer(self, request: admin.DrainServerRequest, context: Context) -> admin.DrainServerResponse:

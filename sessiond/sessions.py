@@ -184,7 +184,7 @@ class Sessions:
         record = self._record(tenant, session_id, deleted_too=True)
         return await self._exact_view(record)
 
-    async def list(
+    async def page(
         self,
         tenant: str,
         *,
@@ -614,11 +614,11 @@ def replay_tokens(desk: Desk, row: RequestRecord, generated: list[int]) -> list[
     """A committed turn's generated ids, each with the text it completes."""
     sampling = SamplingParams.from_json(row.params["sampling"])
     stops = desk.stop_ids | frozenset(sampling.stop_token_ids)
-    stream = desk.new_stream(SamplingParams())
+    stream = desk.new_stream()
     out: list[Tokens] = []
     for index, token in enumerate(generated):
         delta = stream.flush() if token in stops and index == len(generated) - 1 else stream.push(token)
-        out.append(Tokens(index, delta.byte_offset, (Sampled(token, None, ()),), delta.text))
+        out.append(Tokens(index, delta.byte_offset, (Sampled(token),), delta.text))
     if out and (rest := stream.flush().text):
         out[-1] = replace(out[-1], text=out[-1].text + rest)
     return out

@@ -1,7 +1,7 @@
 """Moves of a session's KV between memory and disk, and what is kept in memory.
 
-Restoring reads sealed cells by their prefix hash and the head's provisional tail; whatever is missing or damaged is left
-to be computed from the token log. Persisting goes the other way, after a turn and off its path.
+Restoring reads sealed cells by their prefix hash and the head's provisional tail; what is missing or damaged is left to
+be computed from the token log. Persisting goes the other way, after a turn and off its path.
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ class Tiers:
     def erase(self, tenant: str, session_id: str) -> int:
         """Delete a session, its revisions and requests, and the KV that no other session of the tenant uses.
 
-        References go first, in one transaction: a death in between leaves unreferenced blocks, never a dangling reference.
+        References go first, in one transaction: a death in between leaves unreferenced blocks, no dangling reference.
         Returns the bytes of KV freed.
         """
         log = self.store.log

@@ -1,8 +1,8 @@
 """One turn from request to commit.
 
-The prompt is durable before the engine starts; a token is durable before it is streamed; the revision, the session's new
-head and the finished request are one transaction before `Finished`. A process that dies in between leaves a running
-request, which goes on from its last logged token when the client comes back with its request_id.
+The prompt is durable before the engine starts; a token is durable before it is streamed; the revision, the session's
+new head and the finished request are one transaction before `Finished`. A process that dies in between leaves a
+running request, which goes on from its last logged token when the client comes back with its request_id.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sessiond.messages import encode_messages
 from sessiond.sampling import Sampled, Sampler, SamplingParams
 from sessiond.scheduler import Ended, Event, Prefilled, TokenOut, TurnWork
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecord
+from sessiond.storage.records import RequestRecord, RequestState, RevisionRecord, SessionRecord
 from sessiond.template import Message
 from sessiond.tiers import Recompute, Restoration
 from sessiond.types import FinishReason
@@ -128,7 +128,8 @@ class Turn:
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
         self._stop_ids = desk.stop_ids | frozenset(plan.sampling.stop_token_ids)
-        self._stream = desk.new_stream(plan.sampling)
+        context = live.ids[-32:].tolist() if plan.kind == "turn" and not plan.prompt else []
+        self._stream = desk.new_stream(plan.sampling.stop, context)
 
     # --- what clients do -----------------------------------------------------------------------------------------
 
@@ -385,7 +386,7 @@ class Turn:
                     generation=record.generation + 1,
                 )
             )
-            state = "aborted" if revision.aborted else "finished"
+            state: RequestState = "aborted" if revision.aborted else "finished"
             batch.put_request(replace(plan.request, state=state, updated_us=now, finished=finished.to_json()))
             return batch
 
@@ -477,7 +478,7 @@ def discarded(
     batch = LogBatch()
     batch.delete_revision(record.tenant, request.revision_id)
     batch.put_session(closed(record))
-    state = "failed" if failed else "aborted"
+    state: RequestState = "failed" if failed else "aborted"
     finished = {"error": failed} if failed else NOTHING.to_json()
     batch.put_request(replace(request, state=state, updated_us=now_us, finished=finished))
     return batch

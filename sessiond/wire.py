@@ -31,6 +31,7 @@ FINISH = {
     FinishReason.TOOL_CALL: types.FINISH_REASON_TOOL_CALL,
     FinishReason.ABORTED: types.FINISH_REASON_ABORTED,
 }
+UNFINISHED = types.FINISH_REASON_UNSPECIFIED
 KINDS = {
     "root": types.REVISION_KIND_ROOT,
     "turn": types.REVISION_KIND_TURN,
@@ -124,7 +125,7 @@ def timestamp(us: int | None) -> Timestamp | None:
 
 
 def expiration(request: Any) -> tuple[int | None, int | None]:
-    """(ttl, expire_time) in microseconds of a request's `expiration`. Raises BadRequest for a ttl that is not positive."""
+    """(ttl, expire_time) of a request's `expiration`, in microseconds. Raises BadRequest unless a ttl is positive."""
     which = request.WhichOneof("expiration")
     if which == "ttl":
         ttl = micros(request.ttl)
@@ -228,7 +229,7 @@ def revision(view: RevisionView) -> types.Revision:
         log_start=record.log_start,
         log_end=record.log_end,
         usage=usage(record.usage),
-        finish_reason=FINISH[FinishReason(record.finish_reason)] if record.finish_reason else 0,
+        finish_reason=FINISH[FinishReason(record.finish_reason)] if record.finish_reason else UNFINISHED,
         aborted=record.aborted,
         create_time=timestamp(record.created_us),
         exact_upto=view.exact_upto,

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
 Json = dict[str, Any]
+RequestState = Literal["running", "suspended", "finished", "failed", "aborted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class RequestRecord:
     session_id: str
     request_id: str
     digest: str
-    state: Literal["running", "suspended", "finished", "failed", "aborted"]
+    state: RequestState
     base_revision: str
     revision_id: str  # preallocated: the revision the turn becomes
     params: Json

@@ -33,6 +33,7 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
         self.metadata: dict[str, str] = {}
         self.sessions: dict[str, types_pb2.Session] = {}
         self.archive = bytes(range(256)) * 4000
+        self.cuts_archive = False
         self.findings: list[admin_pb2.Finding] = []
         self.aborted = threading.Event()
         self.streaming = threading.Event()
@@ -110,6 +111,8 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
     def ExportSession(self, request, context):  # noqa: N802
         yield sessions_pb2.ExportSessionResponse(header=sessions_pb2.ArchiveHeader(session_id="s1"))
         yield sessions_pb2.ExportSessionResponse(chunk=self.archive)
+        if self.cuts_archive:
+            return
         digest = hashlib.sha256(self.archive).digest()
         trailer = sessions_pb2.ArchiveTrailer(sha256=digest, total_bytes=len(self.archive))
         yield sessions_pb2.ExportSessionResponse(trailer=trailer)

@@ -1,0 +1,19 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The default model's converted directory; SESSIOND_TEST_MODEL_DIR points at another copy."""
+    override = os.environ.get("SESSIOND_TEST_MODEL_DIR")
+    if override:
+        return Path(override)
+    from sessiond.modelstore import resolve
+
+    return Path(resolve("smollm2").path)
