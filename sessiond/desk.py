@@ -1,4 +1,4 @@
-"""What all sessions and turns of a daemon share: store, engine, tiers, tokenizer, settings, and the way between them."""
+"""What all sessions and turns share: store, engine, tiers, tokenizer, settings, and the way between them."""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
-from sessiond.template import Message
+from sessiond.template import Message, ToolCall
 
 
 def encode_messages(asked: Iterable[Message], said: Iterable[Message]) -> bytes:
@@ -27,7 +28,6 @@ def to_json(messages: Sequence[Message]) -> list[dict[str, object]]:
     return [asdict(m) for m in messages]
 
 
-def from_json(value: dict[str, object]) -> Message:
-    calls = value.get("tool_calls") or ()
-    assert isinstance(calls, Iterable)
-    return Message(**{**value, "tool_calls": tuple(calls)})  # type: ignore[arg-type]
+def from_json(value: dict[str, Any]) -> Message:
+    calls = tuple(ToolCall(**call) for call in value["tool_calls"])
+    return Message(**{**value, "tool_calls": calls})

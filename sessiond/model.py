@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from sessiond import attention
 from sessiond.cache import PackedCache, PackedSpan, SessionCache
@@ -56,6 +57,12 @@ class Model:
         )
         self._scratch = attention.Scratch()
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of the model's generation config."""
+        ids = self.module.generation_config.eos_token_id if self.module.generation_config else None
+        return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype | None = None) -> Model:
         """Read a transformers directory (safetensors). Raises ModelMissing, ModelCorrupt or ModelUnsupported."""
@@ -70,6 +77,7 @@ class Model:
                 f"architecture {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}",
                 architecture=config.model_type,
             )
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             module = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
@@ -104,6 +112,14 @@ class Model:
         )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a transformers directory. Raises ModelCorrupt."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelCorrupt(f"the tokenizer in {path} cannot be read: {error}", path=path) from error
 
 
 def numerics_profile(threads: int) -> dict[str, str]:

@@ -19,7 +19,6 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
-from transformers import AutoTokenizer
 
 from sessiond import modelstore
 from sessiond.auth import Principals
@@ -27,7 +26,7 @@ from sessiond.config import Settings
 from sessiond.desk import Desk
 from sessiond.engine import Engine
 from sessiond.errors import InvalidConfig, SessiondError, UnsafeAddress
-from sessiond.model import Model, numerics_profile
+from sessiond.model import Model, load_tokenizer, numerics_profile
 from sessiond.scheduler import Event
 from sessiond.service import AdminService, SessionsService
 from sessiond.sessions import Sessions
@@ -158,7 +157,7 @@ class Daemon:
         resolved = modelstore.resolve(settings.model)
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
         model = Model.load(resolved.path, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(resolved.path, local_files_only=True)
+        tokenizer = load_tokenizer(resolved.path)
         identity = modelstore.identity_fields(resolved.path, kv_dtype=model.shape.dtype)
         identity_id = modelstore.identity_id(identity)
         profile = numerics_profile(settings.threads)
@@ -171,7 +170,7 @@ class Daemon:
         posts: list[Callable[[list[Event]], None]] = []
         engine = Engine(model, store.cell_tokens, settings.threads, lambda events: posts[0](events))
         tiers = Tiers(store, model.shape, model.max_context, identity_id, profile_id)
-        self.desk = Desk(settings, store, engine, tiers, tokenizer, ChatTemplate(tokenizer), identity_id)
+        self.desk = Desk(settings, store, engine, tiers, tokenizer, ChatTemplate(tokenizer, model.eos_ids), identity_id)
         posts.append(self.desk.post)
         self._stack.callback(self.desk.close)
         engine.start()

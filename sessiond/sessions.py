@@ -116,7 +116,7 @@ class Sessions:
             admission.check_tokens(desk, new.token_ids)
             ids, flags = list(new.token_ids), [0] * len(new.token_ids)
         elif new.messages:
-            delta = desk.template.render_root(new.messages, list(new.tools) or None)
+            delta = desk.template.render_root(new.messages, list(new.tools))
             ids, flags = list(delta.ids), list(delta.flags)
         else:
             ids, flags = [], []

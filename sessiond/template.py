@@ -1,186 +1,305 @@
-"""Messages to token deltas. The log is append-only: nothing is rendered or encoded a second time.
+"""Messages to token deltas: what a turn appends to the log, and nothing that is there already.
 
-render(history)            what the log holds already, however it was produced
-render(history + new)      starts with the same text, unless the template rewrites history (drift)
-the delta                  the rest, encoded by itself; before it the end-of-turn tokens the last answer lacks
+    log   [root delta] then for each turn [closing of the last answer | new messages | generation prompt] [generated]
+
+Each delta is tokenized by itself in one call; nothing logged is encoded again. Normally it is rendered behind a
+two-message dummy, so its cost does not grow with the history. Templates that look further back are rendered whole;
+when they rewrite history, the delta says `drift`. Text in a message that spells a special token becomes that token,
+as with transformers' own `apply_chat_template`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-
-from jinja2.exceptions import TemplateError
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from sessiond.errors import BadMessage, EmptyInput
+from sessiond.templateprobe import (
+    ANSWER,
+    QUESTION,
+    Chat,
+    Renderer,
+    TemplateTraits,
+    Tokenizer,
+    Tools,
+    cut_behind_dummy,
+    mark,
+    probe,
+    say,
+)
 
 ROLES = ("system", "user", "assistant", "tool")
-_MARK = "sessiond-mark"
+TEMPLATE, CONTENT = 1, 0
+Ended = Literal["stop_token", "open"]
+
+
+def _check_text(field: str, text: object) -> None:
+    if not isinstance(text, str):
+        raise BadMessage(f"{field} is not text", field=field)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadMessage(f"{field} is not valid Unicode at character {error.start}", field=field) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool call in an assistant's message; `arguments_json` as the model wrote it, malformed perhaps."""
+
+    name: str
+    arguments_json: str = ""
+    id: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        try:
+            arguments = json.loads(self.arguments_json or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        # Templates expect an object; malformed text is shown as it is.
+        shown = arguments if isinstance(arguments, dict) else self.arguments_json
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": shown}}
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. Raises BadMessage or EmptyInput when it is made from something no template could render."""
+    """One message. BadMessage: unknown role, text that UTF-8 cannot hold, a tool field on the wrong role;
+    EmptyInput: a user's message without content. An empty system message asks for none, not for the default."""
 
     role: str
     content: str
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise BadMessage(f"unknown role {self.role!r}; allowed: {', '.join(ROLES)}", role=self.role)
-        if not self.content and not self.tool_calls:
-            raise EmptyInput(f"the {self.role} message is empty", role=self.role)
-        try:
-            self.content.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadMessage(f"the {self.role} message is not valid Unicode: {error.reason}") from error
+            raise BadMessage(f"unknown role {ascii(self.role)[:60]}; known: {', '.join(ROLES)}", field="role")
+        texts = [("content", self.content), ("tool_call_id", self.tool_call_id), ("name", self.name)]
+        for call in self.tool_calls:
+            texts += [("tool_calls", text) for text in (call.name, call.arguments_json, call.id)]
+        for field, text in texts:
+            _check_text(field, text)
+        if self.tool_calls and self.role != "assistant":
+            raise BadMessage("only an assistant's message has tool calls", field="tool_calls")
+        if self.tool_call_id and self.role != "tool":
+            raise BadMessage("only a tool's message has a tool_call_id", field="tool_call_id")
+        if not self.content and self.role == "user":
+            raise EmptyInput("a user's message without content", field="content")
 
-    def to_template(self) -> dict[str, Any]:
-        """The message as templates know it."""
-        out: dict[str, Any] = {"role": self.role, "content": self.content}
+    def as_dict(self) -> dict[str, Any]:
+        """The form that chat templates expect; empty optional fields are left out."""
+        shown = say(self.role, self.content)
         if self.tool_calls:
-            out["tool_calls"] = [
-                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments_json"]}}
-                for c in self.tool_calls
-            ]
+            shown["tool_calls"] = [call.as_dict() for call in self.tool_calls]
         if self.tool_call_id:
-            out["tool_call_id"] = self.tool_call_id
+            shown["tool_call_id"] = self.tool_call_id
         if self.name:
-            out["name"] = self.name
-        return out
+            shown["name"] = self.name
+        return shown
 
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """Tokens to append: `flags` is 1 for the template's own tokens, 0 for content."""
+    """Tokens to append, and the text they encode. `flags[i]`: TEMPLATE, or CONTENT if any of token i's text is a
+    message's content (always TEMPLATE with slow tokenizers, which do not tell). `drift`: the template, rendered
+    over the whole conversation, would change what the log already holds."""
 
-    ids: list[int] = field(default_factory=list)
-    flags: list[int] = field(default_factory=list)
+    ids: list[int]
+    flags: list[int]
     drift: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TemplateTraits:
-    """What a probe at load found out about a template."""
-
-    closing: str  # text after an assistant message's content
-    generation_prompt: str
-    default_system: bool  # inserts a system prompt of its own
-    stable: bool  # never rewrites history, so a delta does not depend on what came before the last answer
+    text: str = ""
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer. Without one, only raw token ids can be used."""
+    """A tokenizer's chat template. `eos_ids`: those of the generation config, for `stop_ids`.
 
-    def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._eos_ids = set(eos_ids) | ({tokenizer.eos_token_id} - {None})
+    Immutable; construction probes the template and never fails on it. Without a working template everything that
+    takes messages raises BadMessage; raw token ids need nothing from here.
+    """
 
-    @property
-    def available(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+    def __init__(self, tokenizer: Tokenizer, eos_ids: Iterable[int] = ()) -> None:
+        self._renderer = Renderer(tokenizer)
+        self._traits = probe(self._renderer)
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        end_of_turn = [i for i in self._traits.end_of_turn_ids if i in self._renderer.added]
+        self.stop_ids: frozenset[int] = frozenset([*own, *eos_ids, *end_of_turn[:1]])
 
-    @cached_property
-    def traits(self) -> TemplateTraits:
-        return self._probe()
+    def probe(self) -> TemplateTraits:
+        """What was found at load."""
+        return self._traits
 
-    @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """End-of-sequence ids and the special token that ends an assistant's turn."""
-        ids = set(self._eos_ids)
-        closing = self._encode(self.traits.closing) if self.available else []
-        special = set(self._tokenizer.all_special_ids)
-        if closing and closing[0] in special:
-            ids.add(closing[0])
-        return frozenset(ids)
-
-    def render_root(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> TokenDelta:
-        """The start of a session: its first messages, without a generation prompt."""
-        return self._delta(self._render(messages, tools=tools), messages)
+    def render_root(self, messages: Sequence[Message], tools: Tools = ()) -> TokenDelta:
+        """The root revision's tokens. None for no messages: the first turn then brings the default system prompt,
+        and the tools, which have to be passed to it too."""
+        if not messages:
+            return TokenDelta([], [])
+        return self.render_turn((), messages, tools=tools, add_generation_prompt=False)
 
     def render_turn(
-        self, history: Sequence[Message], new: Sequence[Message], *, add_generation_prompt: bool = True
-    ) -> TokenDelta:
-        """What `new` appends after `history` (whose own end-of-turn text is closed, see `close_tokens`)."""
-        if history and history[-1].role == "assistant" and self.traits.stable:
-            history = _dummies(history)
-        before = self._render(history) if history else ""
-        after = self._render([*history, *new], add_generation_prompt)
-        if after.startswith(before):
-            return self._delta(after[len(before) :], new)
-        dummies = _dummies(history)
-        before, after = self._render(dummies), self._render([*dummies, *new], add_generation_prompt)
-        delta = self._delta(after[len(before) :] if after.startswith(before) else after, new)
-        return TokenDelta(delta.ids, delta.flags, drift=True)
-
-    def close_tokens(self, ended: str, last_id: int) -> list[int]:
-        """End-of-turn tokens still missing after an answer that ended by its stop token, or is `open`."""
-        if not self.available:
-            return []
-        closing = self._encode(self.traits.closing)
-        if ended == "stop_token" and closing and closing[0] == last_id:
-            return closing[1:]
-        return closing
-
-    def _render(
         self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = False,
-        tools: list[dict[str, Any]] | None = None,
-    ) -> str:
-        if not self.available:
-            raise BadMessage("the model has no chat template: give token_ids")
+        history: Sequence[Message],
+        new: Sequence[Message],
+        *,
+        tools: Tools = (),
+        open_tail: str | None = None,
+        at_start: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> TokenDelta:
+        """What `new` adds behind `history`. BadMessage if the template refuses; EmptyInput if `new` is empty.
+
+        `open_tail`: text still missing behind the last answer (from `open_tail()`), put in front of the delta.
+        `at_start`: whether the log is empty, by default whether `history` is; False with an empty history is for
+        a log that began with raw token ids.
+        """
+        self._require()
+        if not new:
+            raise EmptyInput("no messages", field="messages")
+        old, added = [m.as_dict() for m in history], [m.as_dict() for m in new]
+        drift = False
+        is_first = not history if at_start is None else at_start
+        if is_first:
+            body = self._base(added, add_generation_prompt, tools)
+        elif not history or self._is_local(history, new, tools):
+            body = self._behind_dummy(added, add_generation_prompt)
+        else:
+            body, drift = self._behind_history(old, added, add_generation_prompt, tools)
+        tail = open_tail or ""
+        spans = [(a + len(tail), b + len(tail)) for a, b in self._content_spans(body, added, is_first, tools)]
+        return replace(self._encode(tail + body, spans), drift=drift)
+
+    def open_tail(self, ended: Ended, last_id: int | None) -> str:
+        """The end-of-turn text still missing behind an answer. `ended`: "stop_token" (`last_id`, sampled and
+        logged, ended it) or "open" (length, stop string, abort)."""
+        self._require()
+        closing = self._traits.end_of_turn
+        if ended == "open" or last_id is None or last_id not in self._traits.end_of_turn_ids:
+            return closing
+        token = self._renderer.added.get(last_id, "")
+        # The sampled token is one of the closing's: what follows it is missing.
+        return closing.partition(token)[2] if token and token in closing else closing
+
+    def close_tokens(self, ended: Ended, last_id: int | None) -> TokenDelta:
+        """`open_tail` as tokens by itself, all of them the template's."""
+        return self._encode(self.open_tail(ended, last_id), [])
+
+    def generation_prompt(self) -> TokenDelta:
+        """What starts an answer, alone: for answering messages that were appended without generating."""
+        self._require()
+        return self._encode(self._traits.generation_prompt, [])
+
+    def count(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> int:
+        """Tokens of a whole conversation as the template renders it."""
+        self._require()
+        if not messages:
+            return 0
+        text = self._base([m.as_dict() for m in messages], add_generation_prompt, tools)
+        return len(self._renderer.tokenize(text)[0])
+
+    def _require(self) -> None:
+        problem = self._traits.problem
+        if problem:
+            raise BadMessage(f"this model takes token ids only, not messages: {problem}", field="messages")
+
+    def _is_local(self, history: Sequence[Message], new: Sequence[Message], tools: Tools) -> bool:
+        """Whether the delta is known to depend on nothing before it."""
+        traits = self._traits
+        stable = traits.prefix_stable_system if history[0].role == "system" else traits.prefix_stable
+        after_answer = history[-1].role == "assistant" and not history[-1].tool_calls
+        alternating = all(m.role == ("user", "assistant")[i % 2] and not m.tool_calls for i, m in enumerate(new))
+        return stable and not tools and not traits.drops_reasoning and after_answer and alternating
+
+    def _base(self, chat: Chat, generate: bool, tools: Tools = ()) -> str:
+        """The template's rendering without its trailer."""
+        text = self._renderer.render(chat, generate, tools)
+        return text if generate else text.removesuffix(self._traits.trailer)
+
+    def _behind_dummy(self, new: Chat, generate: bool) -> str:
+        chat = [say("user", QUESTION), say("assistant", ANSWER), *new]
+        return cut_behind_dummy(self._base(chat, generate), self._traits.end_of_turn)
+
+    def _behind_history(self, old: Chat, new: Chat, generate: bool, tools: Tools) -> tuple[str, bool]:
+        """(delta, drift) from rendering the conversation with and without `new`."""
+        before, whole = self._base(old, False, tools), self._base([*old, *new], generate, tools)
+        if whole.startswith(before):
+            return whole[len(before) :], not _holds_answers(before, old)
+        # Rewritten. A tool's result needs the call before it: try behind the last exchange, then behind a dummy.
+        last_user = max((i for i, m in enumerate(old) if m["role"] == "user"), default=0)
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                [m.to_template() for m in messages],
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, KeyError) as error:
-            raise BadMessage(f"the model's chat template refuses these messages: {error}") from error
-        return text
+            before = self._base(old[last_user:], False)
+            whole = self._base([*old[last_user:], *new], generate)
+        except BadMessage:
+            return self._behind_dummy(new, generate), True
+        return (whole[len(before) :] if whole.startswith(before) else self._behind_dummy(new, generate)), True
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    def _content_spans(self, body: str, new: Chat, is_first: bool, tools: Tools) -> list[tuple[int, int]]:
+        """Where content lies in the delta's text: [start, end) in characters, ascending.
 
-    def _delta(self, text: str, messages: Sequence[Message]) -> TokenDelta:
-        """Encode in one call; a token is content if it overlaps the content of a message."""
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=self._tokenizer.is_fast)
-        ids: list[int] = encoded["input_ids"]
-        if not self._tokenizer.is_fast:
-            return TokenDelta(ids, [0] * len(ids))
-        spans, at = [], 0
-        for message in messages:
-            content = message.content.strip()
-            found = text.find(content, at) if content else -1
-            if found >= 0:
-                at = found + len(content)
-                spans.append((found, at))
-        flags = [0 if any(a < end and start < b for a, b in spans) else 1 for start, end in encoded["offset_mapping"]]
-        return TokenDelta(ids, flags)
+        The same messages are rendered with marks for content. The text between marks is the template's, so content
+        that looks like a header is not taken for one. If the template looks into content, by searching.
+        """
+        marked = [{**m, "content": mark(i) if m["content"] else ""} for i, m in enumerate(new)]
+        try:
+            text = self._base(marked, False, tools) if is_first else self._behind_dummy(marked, False)
+        except BadMessage:
+            return _search_spans(body, new)
+        headers = []
+        for i, message in enumerate(new):
+            if message["content"]:
+                header, found, text = text.partition(mark(i))
+                if not found:
+                    return _search_spans(body, new)
+                headers.append(header)
+        contents = [str(m["content"]) for m in new if m["content"]]
+        for choice in (contents, [content.strip() for content in contents]):
+            spans = _join_spans(body, headers, choice, text)
+            if spans is not None:
+                return spans
+        return _search_spans(body, new)
 
-    def _probe(self) -> TemplateTraits:
-        user, answer = Message("user", "x"), Message("assistant", _MARK)
-        pair = self._render([user, answer])
-        closing = pair[pair.rindex(_MARK) + len(_MARK) :]
-        prompted, plain = self._render([user], True), self._render([user])
-        opening = prompted[len(plain) :] if prompted.startswith(plain) else ""
-        thought = Message("assistant", f"<think>{_MARK}</think>y")
-        dialog = [user, thought, Message("user", "z"), answer, Message("user", "w")]
-        stable = True
-        for n in (2, 4):
-            stable &= self._render(dialog[: n + 1]).startswith(self._render(dialog[:n]))
-        return TemplateTraits(closing, opening, "system" in plain and _MARK not in plain, stable)
+    def _encode(self, text: str, spans: list[tuple[int, int]]) -> TokenDelta:
+        ids, offsets = self._renderer.tokenize(text)
+        flags, n_passed = [], 0
+        for start, end in offsets:
+            while n_passed < len(spans) and spans[n_passed][1] <= start:
+                n_passed += 1
+            overlaps = n_passed < len(spans) and spans[n_passed][0] < end
+            flags.append(CONTENT if overlaps else TEMPLATE)
+        return TokenDelta(ids, flags, text=text)
 
 
-def _dummies(history: Sequence[Message]) -> list[Message]:
-    """A short history in whose place a delta renders the same, if the template does not look further back."""
-    system = [m for m in history[:1] if m.role == "system"]
-    return [*system, Message("user", "x"), Message("assistant", "y")]
+def _holds_answers(text: str, chat: Chat) -> bool:
+    """Whether a rendering holds every answer word for word (but for whitespace around it), in order."""
+    place = 0
+    for message in chat:
+        content = str(message["content"]).strip()
+        found = text.find(content, place)
+        if found >= 0:
+            place = found + len(content)
+        elif message["role"] == "assistant":
+            return False
+    return True
+
+
+def _join_spans(body: str, headers: list[str], contents: list[str], rest: str) -> list[tuple[int, int]] | None:
+    """Places of `contents` if `body` is header, content, header, content ..., `rest`, ...; else None."""
+    spans, place = [], 0
+    for header, content in zip(headers, contents, strict=True):
+        start = place + len(header)
+        if not body.startswith(header, place) or not body.startswith(content, start):
+            return None
+        place = start + len(content)
+        spans.append((start, place))
+    return spans if body.startswith(rest, place) else None
+
+
+def _search_spans(body: str, new: Chat) -> list[tuple[int, int]]:
+    spans, place = [], 0
+    for message in new:
+        content = str(message["content"]).strip()
+        found = body.find(content, place) if content else -1
+        if found >= 0:
+            place = found + len(content)
+            spans.append((found, place))
+    return spans

@@ -255,6 +255,8 @@ class Turn:
         computed = sum(piece.end - piece.start for piece in work.pieces)
         if self.restored is not None:
             self._explain_restoration(self.restored, work)
+            if not (self.restored.tokens_restored or self.restored.recomputed):
+                self.restored = None  # there was nothing to restore
         self._accept(new=computed, reused=len(tokens) - computed)
         self.desk.engine.submit(work)
 

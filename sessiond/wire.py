@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from sessiond.admission import APPEND_ONLY, CONTINUE, NEW_INPUT, TurnRequest
 from sessiond.errors import BadMessage, BadRequest, NotImplementedYet
 from sessiond.sampling import SamplingParams
 from sessiond.sessions import NewSession, RevisionView, SessionView
-from sessiond.template import Message
+from sessiond.template import Message, ToolCall
 from sessiond.tiers import Restoration
 from sessiond.turn import Accepted, Finished, Tokens, TurnEvent
 from sessiond.types import FinishReason
@@ -75,14 +76,14 @@ def messages(protos: Iterable[types.Message]) -> tuple[Message, ...]:
         parts = [part.WhichOneof("part") for part in proto.content]
         if any(kind != "text" for kind in parts):
             raise BadMessage("a content part holds nothing; this version takes text parts")
-        calls = tuple({"id": c.id, "name": c.name, "arguments_json": c.arguments_json} for c in proto.tool_calls)
+        calls = tuple(ToolCall(c.name, c.arguments_json, c.id) for c in proto.tool_calls)
         text = "".join(part.text for part in proto.content)
         out.append(Message(proto.role, text, calls, proto.tool_call_id, proto.name))
     return tuple(out)
 
 
 def message(value: Message) -> types.Message:
-    calls = [types.ToolCall(**call) for call in value.tool_calls]
+    calls = [types.ToolCall(id=c.id, name=c.name, arguments_json=c.arguments_json) for c in value.tool_calls]
     content = [types.ContentPart(text=value.content)] if value.content else []
     return types.Message(
         role=value.role, content=content, tool_calls=calls, tool_call_id=value.tool_call_id, name=value.name
@@ -124,6 +125,18 @@ def timestamp(us: int | None) -> Timestamp | None:
     return None if us is None else Timestamp(seconds=us // 1_000_000, nanos=us % 1_000_000 * 1000)
 
 
+def tool(proto: types.Tool) -> dict[str, Any]:
+    """A tool as chat templates know it. Raises BadRequest."""
+    try:
+        parameters = json.loads(proto.parameters_json_schema or "{}")
+    except ValueError as error:
+        raise BadRequest(f"parameters of tool {proto.name!r} are not JSON: {error}", field="tools") from error
+    if not proto.name or not isinstance(parameters, dict):
+        raise BadRequest("a tool has a name, and parameters that are a JSON object", field="tools")
+    function = {"name": proto.name, "description": proto.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
 def expiration(request: Any) -> tuple[int | None, int | None]:
     """(ttl, expire_time) of a request's `expiration`, in microseconds. Raises BadRequest unless a ttl is positive."""
     which = request.WhichOneof("expiration")
@@ -146,10 +159,7 @@ def new_session(request: pb.CreateSessionRequest) -> NewSession:
         digest=digest(request),
         messages=given,
         token_ids=tuple(request.token_ids.ids) if request.HasField("token_ids") else None,
-        tools=tuple(
-            {"name": t.name, "description": t.description, "parameters_json_schema": t.parameters_json_schema}
-            for t in request.tools
-        ),
+        tools=tuple(tool(t) for t in request.tools),
         model=request.model,
         adapter=request.adapter,
         policy=policy(request.policy),
