@@ -53,9 +53,7 @@ class AsyncClient:
         retry_seconds: float = 60.0,
         retry_codes: Collection[grpc.StatusCode] = (),
     ) -> None:
-        self._connection = Connection(
-            target, token, tenant, tls, root_certificates, certificate, private_key, timeout
-        )
+        self._connection = Connection(target, token, tenant, tls, root_certificates, certificate, private_key, timeout)
         self._metadata = self._connection.metadata()
         self._retry = RetryRule(retry_seconds, retry_codes)
         self._channel = self._connection.open_async()
@@ -79,23 +77,17 @@ class AsyncClient:
 
         Raises UnavailableError or DeadlineExceededError if it does not within about `timeout` seconds.
         """
-        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
-            connection.HEALTH_CHECK
-        )
+        check: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(connection.HEALTH_CHECK)
         attempts = Attempts(RetryRule(timeout, longest_delay=0.5))
 
         async def check_once() -> None:
-            connection.check_health(
-                await check(connection.HEALTH_REQUEST, timeout=timeout, metadata=self._metadata)
-            )
+            connection.check_health(await check(connection.HEALTH_REQUEST, timeout=timeout, metadata=self._metadata))
 
         await self._attempt(attempts, check_once)
 
     async def create_session(self, **options: Unpack[CreateOptions]) -> AsyncSession:
         """Make a session from `system` and `messages`, or from `token_ids`."""
-        return AsyncSession(
-            self, await self._call(self._sessions.CreateSession, requests.create_session(options))
-        )
+        return AsyncSession(self, await self._call(self._sessions.CreateSession, requests.create_session(options)))
 
     async def session(self, session_id: str) -> AsyncSession:
         """The session of that id, as it is now."""
@@ -151,30 +143,22 @@ class AsyncClient:
         self, session_ids: Iterable[str] = (), *, recompute: float = 0.0, seed: int = 0, repair: bool = False
     ) -> AsyncIterator[admin_pb2.VerifyStoreResponse]:
         """Check the store: findings and progress, the summary last."""
-        request = admin_pb2.VerifyStoreRequest(
-            session_ids=session_ids, recompute=recompute, seed=seed, repair=repair
-        )
+        request = admin_pb2.VerifyStoreRequest(session_ids=session_ids, recompute=recompute, seed=seed, repair=repair)
         return self._stream(self._admin.VerifyStore(request, metadata=self._metadata))
 
     async def compact(self, *, purge_deleted: bool = False) -> admin_pb2.CompactStoreResponse:
         """Give unused disk space back."""
-        return await self._call(
-            self._admin.CompactStore, admin_pb2.CompactStoreRequest(purge_deleted=purge_deleted)
-        )
+        return await self._call(self._admin.CompactStore, admin_pb2.CompactStoreRequest(purge_deleted=purge_deleted))
 
     async def drain(self, grace: float | None = None) -> admin_pb2.DrainServerResponse:
         """Stop the daemon, after up to `grace` seconds for the running turns."""
-        return await self._call(
-            self._admin.DrainServer, admin_pb2.DrainServerRequest(grace=to_duration(grace))
-        )
+        return await self._call(self._admin.DrainServer, admin_pb2.DrainServerRequest(grace=to_duration(grace)))
 
     async def _call(self, method: _Unary[_Request, _T], request: _Request) -> _T:
         """One unary call, retried by the rule."""
         timeout = self._connection.timeout
         attempts = Attempts(self._retry)
-        return await self._attempt(
-            attempts, lambda: method(request, timeout=timeout, metadata=self._metadata)
-        )
+        return await self._attempt(attempts, lambda: method(request, timeout=timeout, metadata=self._metadata))
 
     async def _attempt(self, attempts: Attempts, action: Callable[[], Awaitable[_T]]) -> _T:
         while True:

@@ -37,9 +37,7 @@ class AsyncSession:
         """Id of the head revision, as last seen."""
         return self.proto.head_revision_id
 
-    def generate(
-        self, messages: Input | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncIterator[Event]:
+    def generate(self, messages: Input | None = None, **options: Unpack[GenerateOptions]) -> AsyncIterator[Event]:
         """Run a turn on a text (of the user), messages, or the option `token_ids`.
 
         The turn starts with the first event asked for. After UNAVAILABLE the client comes back with the same
@@ -66,9 +64,7 @@ class AsyncSession:
     async def fork(self, **options: Unpack[ForkOptions]) -> AsyncSession:
         """A new session whose head is `revision`, or this one's head; it shares the KV."""
         request = requests.fork_session(self.id, options)
-        return AsyncSession(
-            self._client, await self._client._call(self._client._sessions.ForkSession, request)
-        )
+        return AsyncSession(self._client, await self._client._call(self._client._sessions.ForkSession, request))
 
     async def rollback(self, to: str | types_pb2.Revision, *, etag: str = "") -> AsyncSession:
         """Move the head to an earlier revision; later ones stay reachable."""

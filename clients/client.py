@@ -59,9 +59,7 @@ class Client:
         retry_seconds: float = 60.0,
         retry_codes: Collection[grpc.StatusCode] = (),
     ) -> None:
-        self._connection = Connection(
-            target, token, tenant, tls, root_certificates, certificate, private_key, timeout
-        )
+        self._connection = Connection(target, token, tenant, tls, root_certificates, certificate, private_key, timeout)
         self._metadata = self._connection.metadata()
         self._retry = RetryRule(retry_seconds, retry_codes)
         self._channel = self._connection.open()
@@ -89,9 +87,7 @@ class Client:
         attempts = Attempts(RetryRule(timeout, longest_delay=0.5))
         self._attempt(
             attempts,
-            lambda: connection.check_health(
-                check(connection.HEALTH_REQUEST, timeout=timeout, metadata=self._metadata)
-            ),
+            lambda: connection.check_health(check(connection.HEALTH_REQUEST, timeout=timeout, metadata=self._metadata)),
         )
 
     def create_session(self, **options: Unpack[CreateOptions]) -> Session:
@@ -146,16 +142,12 @@ class Client:
         self, session_ids: Iterable[str] = (), *, recompute: float = 0.0, seed: int = 0, repair: bool = False
     ) -> Iterator[admin_pb2.VerifyStoreResponse]:
         """Check the store: findings and progress, the summary last."""
-        request = admin_pb2.VerifyStoreRequest(
-            session_ids=session_ids, recompute=recompute, seed=seed, repair=repair
-        )
+        request = admin_pb2.VerifyStoreRequest(session_ids=session_ids, recompute=recompute, seed=seed, repair=repair)
         return self._stream(self._admin.VerifyStore(request, metadata=self._metadata))
 
     def compact(self, *, purge_deleted: bool = False) -> admin_pb2.CompactStoreResponse:
         """Give unused disk space back."""
-        return self._call(
-            self._admin.CompactStore, admin_pb2.CompactStoreRequest(purge_deleted=purge_deleted)
-        )
+        return self._call(self._admin.CompactStore, admin_pb2.CompactStoreRequest(purge_deleted=purge_deleted))
 
     def drain(self, grace: float | None = None) -> admin_pb2.DrainServerResponse:
         """Stop the daemon, after up to `grace` seconds for the running turns."""

@@ -53,9 +53,7 @@ def to_tool(value: ToolLike) -> types_pb2.Tool:
     tool = value.get("function", value)
     parameters = tool.get("parameters")
     schema = "" if parameters is None else json.dumps(parameters, ensure_ascii=False, sort_keys=True)
-    return types_pb2.Tool(
-        name=tool["name"], description=tool.get("description") or "", parameters_json_schema=schema
-    )
+    return types_pb2.Tool(name=tool["name"], description=tool.get("description") or "", parameters_json_schema=schema)
 
 
 def to_policy(value: PolicyLike | None) -> types_pb2.Policy | None:

@@ -107,9 +107,7 @@ class TurnReader:
         raise UnavailableError(f"part of the turn is missing: {where}", reason="STREAM_GAP")
 
 
-def _without_known(
-    message: sessions_pb2.TurnEvent, known_tokens: int, known_bytes: int
-) -> sessions_pb2.TurnEvent:
+def _without_known(message: sessions_pb2.TurnEvent, known_tokens: int, known_bytes: int) -> sessions_pb2.TurnEvent:
     """A copy without its first tokens and bytes of text."""
     copy = sessions_pb2.TurnEvent()
     copy.CopyFrom(message)

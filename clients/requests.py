@@ -170,9 +170,7 @@ def update_session(session_id: str, etag: str, options: UpdateOptions) -> sessio
     return request
 
 
-def rollback_session(
-    session_id: str, to: str | types_pb2.Revision, etag: str
-) -> sessions_pb2.RollbackSessionRequest:
+def rollback_session(session_id: str, to: str | types_pb2.Revision, etag: str) -> sessions_pb2.RollbackSessionRequest:
     return sessions_pb2.RollbackSessionRequest(
         session_id=session_id, revision_id=revision_id(to), etag=etag, request_id=make_request_id()
     )
@@ -188,9 +186,7 @@ def import_header(options: ImportOptions) -> sessions_pb2.ImportHeader:
     )
 
 
-def generate(
-    session_id: str, messages: Input | None, options: GenerateOptions
-) -> sessions_pb2.GenerateRequest:
+def generate(session_id: str, messages: Input | None, options: GenerateOptions) -> sessions_pb2.GenerateRequest:
     """Raises ValueError for an unknown mode or overflow, or sampling options out of protobuf's own ranges."""
     request = sessions_pb2.GenerateRequest(
         session_id=session_id,

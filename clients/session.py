@@ -114,9 +114,7 @@ class Session:
         self._keep(response.session)
         return response
 
-    def count_tokens(
-        self, messages: Input, *, add_generation_prompt: bool = False
-    ) -> sessions_pb2.CountTokensResponse:
+    def count_tokens(self, messages: Input, *, add_generation_prompt: bool = False) -> sessions_pb2.CountTokensResponse:
         """Tokens that messages would add to the session."""
         request = sessions_pb2.CountTokensRequest(
             session_id=self.id,

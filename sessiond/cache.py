@@ -11,6 +11,7 @@ written cost memory (docs/decisions/0002-reserved-kv.md).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from sessiond.types import KVShape, Span
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _INT_DTYPES = {2: torch.uint16, 4: torch.uint32}
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap
 
 # Keys are attended in multiples of this, so that the shapes of a step change every 64 tokens and not every token.
 KEY_GRANULE = 64
@@ -44,19 +47,42 @@ class SessionCache:
         self.shape = shape
         self.capacity = -(-capacity // KEY_GRANULE) * KEY_GRANULE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        memory = mmap.mmap(-1, shape.bytes_per_token * self.capacity, flags=flags)
+        self._memory = memory = mmap.mmap(-1, shape.bytes_per_token * self.capacity, flags=flags)
         dims = (shape.n_layers, 2, shape.n_kv_heads, self.capacity, shape.head_dim)
         data = torch.frombuffer(memory, dtype=torch_dtype(shape)).view(dims)
         self.keys: Sequence[Tensor] = data[:, 0].unbind(0)
         self.values: Sequence[Tensor] = data[:, 1].unbind(0)
         self._raw: np.ndarray[Any, Any] = data.view(_INT_DTYPES[shape.itemsize]).numpy()
+        self.is_huge = False
         self.length = 0
         self.sealed = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the tokens held now occupy."""
-        return self.length * self.shape.bytes_per_token
+        return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token
+
+    def use_huge_pages(self, length: int) -> None:
+        """Take memory in huge pages if `length` tokens use at least half of what is reserved: it then counts whole."""
+        option = getattr(mmap, "MADV_HUGEPAGE", None)
+        if option is None or 2 * length < self.capacity:
+            return
+        with contextlib.suppress(OSError):  # a hint: without it, pages are small
+            self._memory.madvise(option)
+            self.is_huge = True
+
+    def populate(self, layers: range, length: int) -> None:
+        """Map the pages of positions [0, length) of some layers in few calls instead of a fault each. A hint, too."""
+        run = self.capacity * self.shape.head_dim * self.shape.itemsize
+        used = length * self.shape.head_dim * self.shape.itemsize
+        runs_per_layer = 2 * self.shape.n_kv_heads
+        for index in range(layers.start * runs_per_layer, layers.stop * runs_per_layer):
+            start = index * run // mmap.PAGESIZE * mmap.PAGESIZE
+            end = min(-(-(index * run + used) // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._memory))
+            try:
+                self._memory.madvise(_MADV_POPULATE_WRITE, start, end - start)
+            except (OSError, ValueError):
+                return
 
     def write(self, layer: int, position: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [G, n, D] at positions [position, position + n)."""

@@ -133,6 +133,14 @@ class Desk:
     def live(self, tenant: str, session_id: str) -> Live:
         return self.lives.setdefault((tenant, session_id), Live(tenant, session_id))
 
+    def forget(self, live: Live) -> None:
+        """Drop what is known in memory of a session that is cold and idle."""
+        key = (live.tenant, live.session_id)
+        lock = self._locks.get(key)
+        if live.cache is None and not live.lease.locked() and not (lock and lock.locked()):
+            self.lives.pop(key, None)
+            self._locks.pop(key, None)
+
     @property
     def hot_bytes(self) -> int:
         return sum(live.cache.nbytes for live in self.lives.values() if live.cache)

@@ -21,6 +21,9 @@ from sessiond.types import KVShape
 # Architectures proven against transformers' own generate (tests/test_architectures.py).
 SUPPORTED = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
+# transformers picks these frequencies by the longest position in a step: KV would depend on other sessions in it.
+_UNSTABLE_ROPE = ("dynamic", "longrope")
+
 _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -43,6 +46,12 @@ class Model:
                 f"architecture {config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}",
                 architecture=config.model_type,
             )
+        for rope_type in _rope_types(config):
+            if rope_type in _UNSTABLE_ROPE:
+                raise ModelUnsupported(
+                    f"rope type {rope_type!r} is not supported: it makes a token's keys depend on later tokens",
+                    architecture=config.model_type,
+                )
         attention.register()
         module.set_attn_implementation(attention.NAME)
         self.module = module.eval()
@@ -120,6 +129,13 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelCorrupt(f"the tokenizer in {path} cannot be read: {error}", path=path) from error
+
+
+def _rope_types(config: PreTrainedConfig) -> list[str]:
+    """Rope types of a config: one, or one for each kind of layer."""
+    parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [kind["rope_type"] for kind in kinds if "rope_type" in kind]
 
 
 def numerics_profile(threads: int) -> dict[str, str]:

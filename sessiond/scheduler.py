@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from sessiond.cache import SessionCache
 from sessiond.model import Feed, Model
 from sessiond.sampling import Sampled, Sampler
@@ -76,10 +78,11 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class CellSealed:
-    """Cell `index` of a session became sealed."""
+    """Cell `index` of a session became sealed; -1: its sealing is over, early if `error` says why."""
 
     owner: str
     index: int
+    error: Exception | None = None
 
 
 Event = TokenOut | Prefilled | Ended | CellSealed
@@ -265,8 +268,7 @@ class Scheduler:
             self.prefilling.popleft()
             over = False
             if wants_token:
-                sampled = work.sampler.sample(logits[0], work.generated)
-                more, over = work.accept(sampled)
+                more, over = self._sample(work, logits[0])
                 events += more
             if not over:
                 self.decoding.append(work)
@@ -284,11 +286,19 @@ class Scheduler:
         events: list[Event] = []
         for i, row in enumerate(rows):
             work = works[row]
-            more, over = work.accept(work.sampler.sample(logits[i], work.generated))
+            more, over = self._sample(work, logits[i])
             events += more
             if over:
                 self.decoding.remove(work)
         return events
+
+    @staticmethod
+    def _sample(work: TurnWork, logits: Tensor) -> tuple[list[Event], bool]:
+        """The turn's next token from logits [V]. What raises here ends this turn only: the step's KV is good."""
+        try:
+            return work.accept(work.sampler.sample(logits, work.generated))
+        except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
+            return [Ended(work.turn_id, FinishReason.ABORTED, error=error)], True
 
     def _seal(self) -> list[Event]:
         work = self.sealing[0]
@@ -297,7 +307,11 @@ class Scheduler:
             self.sealing.popleft()
             return [CellSealed(work.owner, -1)]
         end = start + self.cell_tokens
-        self.model.step([Feed(cache, work.tokens[start:end], start)], [])
+        try:
+            self.model.step([Feed(cache, work.tokens[start:end], start)], [])
+        except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
+            self.sealing.popleft()
+            return [CellSealed(work.owner, -1, error)]
         cache.sealed = end
         cache.length = max(cache.length, end)
         self.counters.sealed += self.cell_tokens

@@ -23,9 +23,11 @@ from grpc_status import rpc_status
 from sessiond import modelstore
 from sessiond.auth import Principals
 from sessiond.config import Settings
+from sessiond.conversation import Conversations
 from sessiond.desk import Desk
 from sessiond.engine import Engine
 from sessiond.errors import InvalidConfig, SessiondError, UnsafeAddress
+from sessiond.keeper import Keeper
 from sessiond.model import Model, load_tokenizer, numerics_profile
 from sessiond.scheduler import Event
 from sessiond.service import AdminService, SessionsService
@@ -176,8 +178,10 @@ class Daemon:
         engine.start()
         self._stack.callback(engine.stop)
         self.sessions = Sessions(self.desk, resolved.name, frozenset({resolved.name, settings.model}))
+        self.conversations = Conversations(self.desk, self.sessions)
+        self.keeper = Keeper(self.desk, self.sessions)
         await self._serve(credentials, principals, identity, profile)
-        self._sweep = asyncio.create_task(self.sessions.sweep())
+        self._sweep = asyncio.create_task(self.keeper.sweep())
 
     async def _serve(
         self,
@@ -189,7 +193,7 @@ class Daemon:
         assert self.sessions is not None
         settings = self.settings
         server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
-        add_SessionsServicer_to_server(SessionsService(self.sessions, principals), server)
+        add_SessionsServicer_to_server(SessionsService(self.sessions, self.conversations, principals), server)
         add_AdminServicer_to_server(AdminService(self.sessions, identity, profile, principals), server)
         self.health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
@@ -217,7 +221,7 @@ class Daemon:
             await self.health.enter_graceful_shutdown()
             if self._sweep:
                 self._sweep.cancel()
-            await self.sessions.drain(self.settings.drain_seconds)
+            await self.keeper.drain(self.settings.drain_seconds)
         await self._stack.aclose()
 
 

@@ -11,6 +11,7 @@ import grpc
 
 from sessiond import wire
 from sessiond.auth import Principals
+from sessiond.conversation import Conversations
 from sessiond.desk import Desk
 from sessiond.errors import BadRequest, NotImplementedYet
 from sessiond.policies.registry import POLICIES
@@ -29,8 +30,9 @@ _UPDATABLE = ("labels", "policy", "ttl", "expire_time")
 class SessionsService(SessionsServicer):
     """sessiond.v1.Sessions."""
 
-    def __init__(self, sessions: Sessions, principals: Principals) -> None:
+    def __init__(self, sessions: Sessions, conversations: Conversations, principals: Principals) -> None:
         self.sessions = sessions
+        self.conversations = conversations
         self.tenant = principals.tenant
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> types.Session:
@@ -101,7 +103,7 @@ class SessionsService(SessionsServicer):
         return wire.revision(view)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.TurnEvent]:
-        events = self.sessions.generate(self.tenant(context), wire.turn_request(request))
+        events = self.conversations.generate(self.tenant(context), wire.turn_request(request))
         sequence = 0
         try:
             async for event in events:
@@ -111,7 +113,7 @@ class SessionsService(SessionsServicer):
             await events.aclose()  # type: ignore[attr-defined]
 
     async def AbortTurn(self, request: pb.AbortTurnRequest, context: Context) -> pb.AbortTurnResponse:
-        stopped, revision, count = await self.sessions.abort(
+        stopped, revision, count = await self.conversations.abort(
             self.tenant(context), request.session_id, request.request_id, commit=request.commit
         )
         return pb.AbortTurnResponse(stopped=stopped, revision_id=revision, generated_tokens=count)

@@ -156,7 +156,7 @@ class ChatTemplate:
         self._require()
         if not new:
             raise EmptyInput("no messages", field="messages")
-        old, added = [m.as_dict() for m in history], [m.as_dict() for m in new]
+        added = [m.as_dict() for m in new]
         drift = False
         is_first = not history if at_start is None else at_start
         if is_first:
@@ -164,7 +164,7 @@ class ChatTemplate:
         elif not history or self._is_local(history, new, tools):
             body = self._behind_dummy(added, add_generation_prompt)
         else:
-            body, drift = self._behind_history(old, added, add_generation_prompt, tools)
+            body, drift = self._behind_history([m.as_dict() for m in history], added, add_generation_prompt, tools)
         tail = open_tail or ""
         spans = [(a + len(tail), b + len(tail)) for a, b in self._content_spans(body, added, is_first, tools)]
         return replace(self._encode(tail + body, spans), drift=drift)

@@ -84,9 +84,12 @@ class Tiers:
         """A cache holding as much of the history `ids` as disk has. Raises RecordCorrupt only for a damaged log."""
         began = time.perf_counter()
         cache = SessionCache(self.shape, self.capacity)
+        cache.use_huge_pages(len(ids))
         report = Restoration()
         hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
         n_cells = _leading(self.store.log.cell_refs(tenant, hashes))
+        if n_cells:
+            list(self._codecs.map(lambda layers: cache.populate(layers, len(ids)), self._layer_stripes()))
         # The tail goes first: where it reaches below the sealed cells, they overwrite it.
         tail_end = self._read_tail(tenant, chain, cache, n_cells * self.cell_tokens, len(ids), report)
         n_cells = self._read_cells(tenant, hashes[:n_cells], cache, report)
@@ -96,6 +99,10 @@ class Tiers:
         report.tokens_restored = cache.length
         report.milliseconds = (time.perf_counter() - began) * 1e3
         return cache, report
+
+    def _layer_stripes(self) -> list[range]:
+        n, parts = self.shape.n_layers, self._workers
+        return [range(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
 
     def _read_cells(self, tenant: str, hashes: Sequence[bytes], cache: SessionCache, report: Restoration) -> int:
         """Fill cells in parallel; returns how many leading cells are good."""

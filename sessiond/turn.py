@@ -127,6 +127,7 @@ class Turn:
         self._listeners: set[asyncio.Event] = set()
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
+        self._told: SessiondError | None = None
         self._stop_ids = desk.stop_ids | frozenset(plan.sampling.stop_token_ids)
         context = live.ids[-32:].tolist() if plan.kind == "turn" and not plan.prompt else []
         self._stream = desk.new_stream(plan.sampling.stop, context)
@@ -172,10 +173,10 @@ class Turn:
     def over(self) -> bool:
         return self.finished is not None or self.failure is not None or self._ended.done()
 
-    def stop(self, outcome: str) -> None:
-        """End the turn at the next step. `outcome`: commit (as aborted), discard, or suspend."""
+    def stop(self, outcome: str, told: SessiondError | None = None) -> None:
+        """End the turn at the next step. `outcome`: commit (as aborted), discard, or suspend (listeners are `told`)."""
         if not self.over:
-            self._outcome = outcome
+            self._outcome, self._told = outcome, told
             self.desk.engine.cancel(self.turn_id)
 
     async def done(self) -> None:
@@ -442,7 +443,7 @@ class Turn:
         batch = LogBatch()
         batch.put_request(request)
         await asyncio.wrap_future(self.desk.store.log.write(batch))
-        self.failure = self.desk.suspended_error(request)
+        self.failure = self._told or self.desk.suspended_error(request)
 
     async def _discard(self) -> None:
         """Nothing of the turn stays in the log; the KV of its base does."""

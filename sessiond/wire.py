@@ -17,13 +17,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sessiond.admission import APPEND_ONLY, CONTINUE, NEW_INPUT, TurnRequest
 from sessiond.errors import BadMessage, BadRequest, NotImplementedYet
 from sessiond.sampling import SamplingParams
-from sessiond.sessions import NewSession, RevisionView, SessionView
 from sessiond.template import Message, ToolCall
 from sessiond.tiers import Restoration
 from sessiond.turn import Accepted, Finished, Tokens, TurnEvent
 from sessiond.types import FinishReason
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2 as types
+from sessiond.views import NewSession, RevisionView, SessionView
 
 FINISH = {
     FinishReason.STOP: types.FINISH_REASON_STOP,

@@ -132,9 +132,7 @@ class FakeServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminService
         self._admit(request, context)
         first = int(request.page_token or 0)
         page = [types_pb2.Session(session_id=f"s{i}") for i in range(first, min(first + 2, 5))]
-        return sessions_pb2.ListSessionsResponse(
-            sessions=page, next_page_token=str(first + 2) if first + 2 < 5 else ""
-        )
+        return sessions_pb2.ListSessionsResponse(sessions=page, next_page_token=str(first + 2) if first + 2 < 5 else "")
 
     def UpdateSession(self, request, context):  # noqa: N802
         self._admit(request, context)

@@ -127,9 +127,7 @@ def test_a_turn_reads_as_in_the_documentation(client: Any) -> None:
 
 @pytest.mark.parametrize("by_event", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_a_broken_turn_is_reassembled_exactly_once(
-    server: FakeServer, client: Any, seed: int, by_event: bool
-) -> None:
+def test_a_broken_turn_is_reassembled_exactly_once(server: FakeServer, client: Any, seed: int, by_event: bool) -> None:
     server.breaks = random_breaks(seed, 8)
     server.rewind = seed
     server.by_event = by_event

@@ -32,9 +32,7 @@ def new_text(reader: TurnReader, message: sessions_pb2.TurnEvent) -> str:
     batches=st.lists(st.integers(1, 7), min_size=9, max_size=9),
     rewinds=st.lists(st.integers(0, 9), min_size=9, max_size=9),
 )
-def test_broken_streams_join_to_the_whole_turn(
-    breaks: list[int], batches: list[int], rewinds: list[int]
-) -> None:
+def test_broken_streams_join_to_the_whole_turn(breaks: list[int], batches: list[int], rewinds: list[int]) -> None:
     reader = make_reader()
     events: list[Event] = []
     for limit, batch, rewind in zip([*breaks, None], batches, rewinds, strict=False):

@@ -41,9 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[descriptor_pb2.FileD
     out = tmp_path_factory.mktemp("descriptors") / "set.bin"
     sources = sorted(str(path.relative_to(PROTO)) for path in (PROTO / "sessiond/v1").glob("*.proto"))
     options = [f"--proto_path={PROTO}", f"--descriptor_set_out={out}"]
-    subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "--include_source_info", *options, *sources], check=True
-    )
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", "--include_source_info", *options, *sources], check=True)
     return list(descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes()).file)
 
 
@@ -70,9 +68,7 @@ def test_everything_in_the_contract_has_a_comment(files: list[descriptor_pb2.Fil
     bare = []
     for file in files:
         commented = {
-            tuple(location.path)
-            for location in file.source_code_info.location
-            if location.leading_comments.strip()
+            tuple(location.path) for location in file.source_code_info.location if location.leading_comments.strip()
         }
         bare += [f"{file.name}: {name}" for path, name in walk(file) if path not in commented]
     assert bare == []
@@ -150,9 +146,7 @@ def walk_message(
         yield from walk_enum((*path, NESTED_ENUM, i), enum)
 
 
-def walk_enum(
-    path: tuple[int, ...], enum: descriptor_pb2.EnumDescriptorProto
-) -> Iterator[tuple[tuple[int, ...], str]]:
+def walk_enum(path: tuple[int, ...], enum: descriptor_pb2.EnumDescriptorProto) -> Iterator[tuple[tuple[int, ...], str]]:
     yield path, enum.name
     for i, value in enumerate(enum.value):
         yield (*path, VALUE, i), f"{enum.name}.{value.name}"

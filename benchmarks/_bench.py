@@ -1,0 +1,135 @@
+"""What every measurement needs: medians and spreads, a description of the machine, a folder on a disk, the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
+
+
+def median(values: Sequence[float]) -> float:
+    """Raises ValueError if there are none: a figure that was not measured is not printed."""
+    if not values:
+        raise ValueError("nothing was measured")
+    return statistics.median(values)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles (inclusive), extremes and number of `values`, rounded for printing."""
+    low, high = (values[0], values[0]) if len(values) == 1 else _quartiles(values)
+    return {
+        "median": rounded(median(values)),
+        "q1": rounded(low),
+        "q3": rounded(high),
+        "min": rounded(min(values)),
+        "max": rounded(max(values)),
+        "n": len(values),
+    }
+
+
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Ratios of pairs that were measured next to each other. Raises ValueError if the two do not pair up."""
+    return [a / b for a, b in zip(numerators, denominators, strict=True)]
+
+
+def alternating(repeat: int) -> bool:
+    """Whether the first of a pair runs first in this repeat: ABBA, so that a drift of the machine cancels."""
+    return repeat % 2 == 0
+
+
+def rounded(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, load and versions: a speed without these says nothing."""
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "grpcio", "lmdb", "blosc2", "sessiond")},
+    }
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+def disk_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A temporary directory on a disk file system: in the system's place for these, else in ~/.cache.
+
+    Raises RuntimeError if both are in memory: what is read back from there was never on a disk.
+    """
+    for parent in (Path(tempfile.gettempdir()), Path.home() / ".cache", Path.cwd()):
+        if file_system(parent) not in MEMORY_FILE_SYSTEMS:
+            parent.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True)
+    raise RuntimeError("no disk file system for temporary files: set TMPDIR to a folder on one")
+
+
+def file_system(path: Path, mounts: str | None = None) -> str:
+    """Type of the file system that holds `path`, which need not exist yet; "unknown" where /proc/mounts is not."""
+    if mounts is None:
+        table = Path("/proc/mounts")
+        if not table.is_file():
+            return "unknown"
+        mounts = table.read_text(errors="replace")
+    path = path.resolve()
+    best, kind = -1, "unknown"
+    for line in mounts.splitlines():
+        where, what = line.split()[1:3]
+        point = Path(where.replace("\\040", " "))
+        # Of two mounts on one point the later one is seen.
+        if (path == point or point in path.parents) and len(point.parts) >= best:
+            best, kind = len(point.parts), what
+    return kind
+
+
+def run_script(name: str, *arguments: str) -> dict[str, Any]:
+    """Run a script beside this one and return the JSON object of its last line. Raises RuntimeError if it fails."""
+    command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name} failed with status {done.returncode}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    return found
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """The last line. Nothing is printed after it."""
+    sys.stdout.flush()
+    print(json.dumps(result, separators=(",", ":")), flush=True)
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack, as Ctrl-C does, so that daemons and folders are cleaned up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -1,0 +1,190 @@
+"""Turns of all sessions: start, join, resume, replay and abort them by request_id, one at a time a session."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import structlog
+
+from sessiond import admission
+from sessiond.admission import TurnRequest
+from sessiond.desk import Desk
+from sessiond.errors import (
+    QueueFull,
+    RequestIdReused,
+    SessionBusy,
+    SessiondError,
+)
+from sessiond.live import Live
+from sessiond.sampling import Sampled, SamplingParams
+from sessiond.sessions import Sessions
+from sessiond.storage.records import RequestRecord
+from sessiond.turn import Accepted, Finished, Tokens, Turn, TurnEvent, discarded
+
+log = structlog.get_logger()
+
+
+class Conversations:
+    """What Generate and AbortTurn do. Runs on the event loop."""
+
+    def __init__(self, desk: Desk, sessions: Sessions) -> None:
+        self.desk = desk
+        self.sessions = sessions
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def generate(self, tenant: str, request: TurnRequest) -> AsyncIterator[TurnEvent]:
+        """Run, join, resume or replay the turn of `request.request_id`; see docs/api.md."""
+        admission.check(self.desk, request)
+        record = self.sessions.record(tenant, request.session_id, deleted_too=True)
+        live = self.desk.live(tenant, request.session_id)
+        while True:
+            row = self.desk.store.log.request(tenant, request.session_id, request.request_id)
+            if row and row.digest != request.digest:
+                raise RequestIdReused(
+                    f"request_id {request.request_id} belongs to a different request",
+                    request_id=request.request_id,
+                )
+            if live.turn and live.turn.plan.request.request_id == request.request_id:
+                turn, attachment = live.turn, "joined"
+                break
+            if row and row.state in ("finished", "aborted", "failed"):
+                async for event in self._replay(row, request.resume_after):
+                    yield event
+                return
+            self.sessions.refuse_draining()
+            self.sessions.refuse_foreign(record)
+            if live.lease.locked() and live.turn:
+                if not request.wait:
+                    raise SessionBusy(
+                        f"turn {live.turn.plan.request.request_id} is running",
+                        retry_after=1.0,
+                        request_id=live.turn.plan.request.request_id,
+                    )
+                await live.turn.done()
+                continue
+            if len(self.desk.turns) >= self.desk.settings.max_queued_turns:
+                raise QueueFull(f"{len(self.desk.turns)} turns are waiting", retry_after=1.0)
+            await live.lease.acquire()
+            try:
+                turn = await self._start(tenant, live, request, row)
+            except BaseException:
+                live.lease.release()
+                raise
+            attachment = turn.plan.attachment
+            break
+        async for event in turn.events(request.resume_after, attachment):
+            yield event
+
+    async def _start(self, tenant: str, live: Live, request: TurnRequest, row: RequestRecord | None) -> Turn:
+        """Plan and launch; on return the turn owns the lease."""
+        await self.desk.unsettle(live)
+        record = self.sessions.record(tenant, request.session_id)
+        open_id = record.extra.get("open_request")
+        if open_id and open_id != request.request_id:
+            other = self.desk.store.log.request(tenant, request.session_id, open_id)
+            if other and not request.supersede:
+                raise self.desk.suspended_error(other)
+            if other:
+                now = self.desk.now_us()
+                record = await self.desk.edit(live, lambda current: discarded(current, other, now))
+                if live.cache:
+                    live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
+        live.load_history(self.desk.store.log, record.head_revision)
+        if row:
+            plan = admission.resume_turn(self.desk, record, row)
+        else:
+            plan = admission.plan_turn(self.desk, live, record, request)
+        turn = Turn(self.desk, live, plan)
+        live.turn = turn
+        task = asyncio.create_task(self._run(live, turn))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return turn
+
+    async def _run(self, live: Live, turn: Turn) -> None:
+        try:
+            await turn.run()
+        finally:
+            live.turn = None
+            live.last_used = time.monotonic()
+            self.desk.settle(live)
+            live.lease.release()
+
+    async def _replay(self, row: RequestRecord, resume_after: int) -> AsyncIterator[TurnEvent]:
+        """The events of a turn that has ended, from the log. Logprobs are not kept."""
+        done = row.finished or {}
+        if "error" in done:
+            raise _error_of(done["error"])
+        finished = Finished.from_json(done)
+        usage = finished.usage
+        yield Accepted(
+            base_revision=row.base_revision,
+            turn_revision=row.revision_id,
+            new=usage.get("new", 0),
+            reused=usage.get("reused", 0),
+            drift=bool(row.params["drift"]),
+            attachment="replayed",
+            log_start=0,
+        )
+        if finished.revision:
+            ids, _ = self.desk.store.log.tokens(row.tenant, row.revision_id)
+            for tokens in replay_tokens(self.desk, row, ids[int(row.params["n_prompt"]) :].tolist()):
+                if tokens.first_index >= resume_after:
+                    yield tokens
+        yield finished
+
+    async def abort(self, tenant: str, session_id: str, request_id: str, *, commit: bool) -> tuple[bool, str, int]:
+        """Stop a running or suspended turn. Idempotent: (stopped now, revision if committed, generated tokens)."""
+        record = self.sessions.record(tenant, session_id, deleted_too=True)
+        live = self.desk.live(tenant, session_id)
+        turn = live.turn
+        if turn and request_id in ("", turn.plan.request.request_id):
+            turn.stop("commit" if commit else "discard")
+            await turn.done()
+            return True, turn.finished.revision if turn.finished else "", len(turn.generated)
+        row = self.desk.store.log.request(tenant, session_id, request_id or record.extra.get("open_request", "-"))
+        if row is None or row.state not in ("running", "suspended"):
+            finished = (row.finished or {}) if row else {}
+            return False, str(finished.get("revision", "")), int(finished.get("committed", 0))
+        async with live.lease:
+            await self.desk.unsettle(live)
+            ids, _ = self.desk.store.log.tokens(tenant, row.revision_id)
+            count = len(ids) - int(row.params["n_prompt"])
+            if commit:
+                live.load_history(self.desk.store.log, record.head_revision)
+                turn = Turn(self.desk, live, admission.resume_turn(self.desk, record, row))
+                await turn.commit_aborted()
+                return True, turn.turn_id, count
+            now = self.desk.now_us()
+            await self.desk.edit(live, lambda current: discarded(current, row, now))
+            if live.cache:
+                live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
+        return True, "", count
+
+
+def replay_tokens(desk: Desk, row: RequestRecord, generated: list[int]) -> list[Tokens]:
+    """A committed turn's generated ids, each with the text it completes."""
+    sampling = SamplingParams.from_json(row.params["sampling"])
+    stops = desk.stop_ids | frozenset(sampling.stop_token_ids)
+    stream = desk.new_stream()
+    out: list[Tokens] = []
+    for index, token in enumerate(generated):
+        delta = stream.flush() if token in stops and index == len(generated) - 1 else stream.push(token)
+        out.append(Tokens(index, delta.byte_offset, (Sampled(token),), delta.text))
+    if out and (rest := stream.flush().text):
+        out[-1] = replace(out[-1], text=out[-1].text + rest)
+    return out
+
+
+def _error_of(told: dict[str, str]) -> SessiondError:
+    """The error that a failed turn ended with, for its replay."""
+    kinds = {SessiondError.reason: SessiondError}
+    stack = [SessiondError]
+    while stack:
+        for kind in stack.pop().__subclasses__():
+            kinds[kind.reason] = kind
+            stack.append(kind)
+    return kinds.get(told["reason"], SessiondError)(told["message"])

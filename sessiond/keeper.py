@@ -1,0 +1,63 @@
+"""What nobody asks for: expiry, idleness and the end of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from sessiond.desk import Desk
+from sessiond.errors import (
+    Draining,
+    SessiondError,
+)
+from sessiond.sessions import Sessions
+
+log = structlog.get_logger()
+
+
+class Keeper:
+    """Deletes what has expired, purges what was deleted, lets idle sessions leave memory, drains at the end."""
+
+    def __init__(self, desk: Desk, sessions: Sessions) -> None:
+        self.desk = desk
+        self.sessions = sessions
+
+    async def sweep(self) -> None:
+        """Delete expired sessions, purge deleted ones, let idle ones leave memory. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(self.desk.settings.sweep_seconds)
+            try:
+                await self._sweep_once()
+            except SessiondError as error:
+                log.error("sweep failed", error=error.message)
+
+    async def _sweep_once(self) -> None:
+        due = await self.desk.in_sql(self.desk.store.catalog.due, self.desk.now_us())
+        for key in due.expired:
+            await self.sessions.delete(key.tenant, key.session_id, "", purge_now=False)
+        for key in due.purgeable:
+            await self.sessions.delete(key.tenant, key.session_id, "", purge_now=True)
+        horizon = time.monotonic() - self.desk.settings.idle_seconds
+        for live in list(self.desk.lives.values()):
+            if live.lease.locked() or live.last_used > horizon:
+                continue
+            if live.cache:
+                await self.desk.suspend(live)
+            self.desk.forget(live)
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new turns, let running ones end (suspend them after `seconds`), and persist what is hot."""
+        self.sessions.draining = True
+        turns = list(self.desk.turns.values())
+        if turns:
+            _, late = await asyncio.wait([asyncio.create_task(turn.done()) for turn in turns], timeout=seconds)
+            if late:
+                told = Draining("the daemon is shutting down; the turn goes on after its restart", retry_after=5.0)
+                for turn in turns:
+                    turn.stop("suspend", told)
+                await asyncio.wait(late)
+        for live in list(self.desk.lives.values()):
+            if live.cache:
+                await self.desk.suspend(live)
