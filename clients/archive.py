@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 
 from sessiond.clients.errors import DataLossError, ProtocolError
-
 from sessiond.v1 import sessions_pb2
 
 CHUNK_BYTES = 1 << 20

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar, Unpack
 
 import grpc
+
 from sessiond.clients import connection, requests
 from sessiond.clients.archive import ArchiveWriter
 from sessiond.clients.async_session import AsyncSession
@@ -18,7 +19,6 @@ from sessiond.clients.messages import to_duration
 from sessiond.clients.reader import TurnReader
 from sessiond.clients.requests import CreateOptions, ImportOptions
 from sessiond.clients.retry import Attempts, RetryRule
-
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 _Request = TypeVar("_Request", contravariant=True)
@@ -72,7 +72,7 @@ class AsyncClient:
         """Close the channel; streams that are open end with CANCELLED, and their turns run on."""
         await self._channel.close()
 
-    async def wait_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109 - as Client has it
+    async def wait_ready(self, timeout: float = 60.0) -> None:
         """Return once the server serves.
 
         Raises UnavailableError or DeadlineExceededError if it does not within about `timeout` seconds.
@@ -94,7 +94,7 @@ class AsyncClient:
         request = sessions_pb2.GetSessionRequest(session_id=session_id)
         return AsyncSession(self, await self._call(self._sessions.GetSession, request))
 
-    async def sessions(self, filter: str = "", *, show_deleted: bool = False) -> AsyncIterator[AsyncSession]:  # noqa: A002
+    async def sessions(self, filter: str = "", *, show_deleted: bool = False) -> AsyncIterator[AsyncSession]:
         """All sessions that match, newest first; pages are fetched as they are needed."""
         request = sessions_pb2.ListSessionsRequest(filter=filter, show_deleted=show_deleted)
         while True:

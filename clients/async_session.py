@@ -11,7 +11,6 @@ from sessiond.clients.events import Event
 from sessiond.clients.messages import Input, to_messages
 from sessiond.clients.reader import TurnReader
 from sessiond.clients.requests import ForkOptions, GenerateOptions, UpdateOptions
-
 from sessiond.v1 import sessions_pb2, types_pb2
 
 if TYPE_CHECKING:

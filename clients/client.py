@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar, Unpack
 
 import grpc
+
 from sessiond.clients import connection, requests
 from sessiond.clients.archive import ArchiveWriter
 from sessiond.clients.connection import Connection
@@ -18,7 +19,6 @@ from sessiond.clients.reader import TurnReader
 from sessiond.clients.requests import CreateOptions, ImportOptions
 from sessiond.clients.retry import Attempts, RetryRule
 from sessiond.clients.session import Session
-
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc
 
 _Request = TypeVar("_Request", contravariant=True)
@@ -99,7 +99,7 @@ class Client:
         request = sessions_pb2.GetSessionRequest(session_id=session_id)
         return Session(self, self._call(self._sessions.GetSession, request))
 
-    def sessions(self, filter: str = "", *, show_deleted: bool = False) -> Iterator[Session]:  # noqa: A002
+    def sessions(self, filter: str = "", *, show_deleted: bool = False) -> Iterator[Session]:
         """All sessions that match, newest first; pages are fetched as they are needed."""
         request = sessions_pb2.ListSessionsRequest(filter=filter, show_deleted=show_deleted)
         while True:

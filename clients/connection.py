@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+
 from sessiond.clients.errors import UnavailableError
 
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from sessiond.clients.errors import ProtocolError, UnavailableError, from_status
 from sessiond.clients.events import Event
-
 from sessiond.v1 import sessions_pb2
 
 

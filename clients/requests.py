@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from typing import Literal, TypedDict, TypeVar
 
 from google.protobuf import duration_pb2, timestamp_pb2
+
 from sessiond.clients.messages import (
     Input,
     PolicyLike,
@@ -19,7 +20,6 @@ from sessiond.clients.messages import (
     to_token_ids,
     to_tool,
 )
-
 from sessiond.v1 import sessions_pb2, types_pb2
 
 _T = TypeVar("_T")

@@ -26,7 +26,6 @@ from sessiond.template import Message
 from sessiond.turn import TurnPlan
 
 NEW_INPUT, CONTINUE, APPEND_ONLY = "new_input", "continue", "append_only"
-RAW = "raw"  # how a branch ended that holds no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +156,12 @@ def render(desk: Desk, live: Live, request: TurnRequest) -> tuple[list[int], lis
         return [], [], False
     if request.token_ids is not None:
         return list(request.token_ids), [0] * len(request.token_ids), False
-    ended = live.chain[-1].extra.get("ended", RAW) if live.chain else RAW
+    ended = live.chain[-1].extra.get("ended") if live.chain else None
     delta = desk.template.render_turn(
         history_of(desk, live),
         request.messages,
         tools=live.chain[0].extra.get("tools", ()) if live.chain else (),
-        open_tail=desk.template.open_tail(ended, int(live.ids[-1])) if ended in ("stop_token", "open") else None,
+        open_tail=desk.template.open_tail(ended, int(live.ids[-1])) if ended and len(live.ids) else None,
         at_start=len(live.ids) == 0,
         add_generation_prompt=request.mode != APPEND_ONLY,
     )

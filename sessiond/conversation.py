@@ -148,7 +148,7 @@ class Conversations:
         row = self.desk.store.log.request(tenant, session_id, request_id or record.extra.get("open_request", "-"))
         if row is None or row.state not in ("running", "suspended"):
             finished = (row.finished or {}) if row else {}
-            return False, str(finished.get("revision", "")), int(finished.get("committed", 0))
+            return False, str(finished.get("revision", "")), int(finished.get("usage", {}).get("generated", 0))
         async with live.lease:
             await self.desk.unsettle(live)
             ids, _ = self.desk.store.log.tokens(tenant, row.revision_id)

@@ -94,7 +94,7 @@ class Sessions:
             created_us=now,
             request_id=new.request_id,
             usage={},
-            extra={"ended": "closed", "computed": 0, "tools": list(new.tools)},
+            extra={"ended": None, "computed": 0, "tools": list(new.tools)},
         )
         record = SessionRecord(
             tenant=tenant,

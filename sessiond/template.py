@@ -222,10 +222,12 @@ class ChatTemplate:
     def _behind_history(self, old: Chat, new: Chat, generate: bool, tools: Tools) -> tuple[str, bool]:
         """(delta, drift) from rendering the conversation with and without `new`."""
         before, whole = self._base(old, False, tools), self._base([*old, *new], generate, tools)
-        if whole.startswith(before):
+        last_user = max((i for i, m in enumerate(old) if m["role"] == "user"), default=0)
+        # What the log held when the last answer began: a template may have rewritten that since.
+        asked = self._base(old[: last_user + 1], True, tools) if 0 < last_user + 1 < len(old) else ""
+        if whole.startswith(before) and before.startswith(asked):
             return whole[len(before) :], not _holds_answers(before, old)
         # Rewritten. A tool's result needs the call before it: try behind the last exchange, then behind a dummy.
-        last_user = max((i for i, m in enumerate(old) if m["role"] == "user"), default=0)
         try:
             before = self._base(old[last_user:], False)
             whole = self._base([*old[last_user:], *new], generate)

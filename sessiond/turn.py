@@ -370,7 +370,7 @@ class Turn:
             usage=usage,
             extra={"computed": computed, "ended": self._ended_how(committed)},
         )
-        finished = self._summary(ended, hit, len(committed), usage, answer)
+        finished = self._summary(ended, hit, kept, usage, answer)
         ids = [*plan.prompt, *committed]
 
         def build(record: SessionRecord) -> LogBatch:
@@ -415,9 +415,10 @@ class Turn:
         committed = whole + (self.desk.encode(hit.visible_rest) if hit.visible_rest else [])
         return committed, self.desk.decode(whole) + hit.visible_rest, hit.stop
 
-    def _ended_how(self, committed: list[int]) -> str:
+    def _ended_how(self, committed: list[int]) -> str | None:
+        """Whether the answer's end-of-turn tokens are logged; None where there is no answer to close."""
         if self.plan.kind == "append":
-            return "closed" if self.plan.messages else "raw"
+            return None
         return "stop_token" if committed and committed[-1] in self.desk.stop_ids else "open"
 
     def _summary(self, ended: Ended, stop: str, committed: int, usage: dict[str, int], answer: str) -> Finished:

@@ -1,4 +1,5 @@
 import pytest
+
 from sessiond.clients import retry
 
 

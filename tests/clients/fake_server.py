@@ -106,7 +106,7 @@ class FakeServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminService
         if self.refusals:
             context.abort_with_status(rpc_status.to_status(self.refusals.pop(0)))
 
-    def Generate(self, request, context):  # noqa: N802
+    def Generate(self, request, context):
         context.add_callback(self.detached.set)
         self.generate_requests.append(request)
         self._admit(request, context)
@@ -120,44 +120,44 @@ class FakeServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminService
                 context.abort_with_status(rpc_status.to_status(status))
             yield event
 
-    def CreateSession(self, request, context):  # noqa: N802
+    def CreateSession(self, request, context):
         self._admit(request, context)
         return types_pb2.Session(session_id="s1", head_revision_id="r0", labels=request.labels)
 
-    def GetSession(self, request, context):  # noqa: N802
+    def GetSession(self, request, context):
         self._admit(request, context)
         return types_pb2.Session(session_id=request.session_id, head_revision_id="r0")
 
-    def ListSessions(self, request, context):  # noqa: N802
+    def ListSessions(self, request, context):
         self._admit(request, context)
         first = int(request.page_token or 0)
         page = [types_pb2.Session(session_id=f"s{i}") for i in range(first, min(first + 2, 5))]
         return sessions_pb2.ListSessionsResponse(sessions=page, next_page_token=str(first + 2) if first + 2 < 5 else "")
 
-    def UpdateSession(self, request, context):  # noqa: N802
+    def UpdateSession(self, request, context):
         self._admit(request, context)
         return request.session
 
-    def DeleteSession(self, request, context):  # noqa: N802
+    def DeleteSession(self, request, context):
         self._admit(request, context)
         if request.purge_now:
             return sessions_pb2.DeleteSessionResponse(freed_bytes=7)
         session = types_pb2.Session(session_id=request.session_id, state=types_pb2.SESSION_STATE_DELETED)
         return sessions_pb2.DeleteSessionResponse(session=session)
 
-    def UndeleteSession(self, request, context):  # noqa: N802
+    def UndeleteSession(self, request, context):
         self._admit(request, context)
         return types_pb2.Session(session_id=request.session_id, state=types_pb2.SESSION_STATE_ACTIVE)
 
-    def ForkSession(self, request, context):  # noqa: N802
+    def ForkSession(self, request, context):
         self._admit(request, context)
         return types_pb2.Session(session_id="fork", head_revision_id=request.revision_id or "r0")
 
-    def RollbackSession(self, request, context):  # noqa: N802
+    def RollbackSession(self, request, context):
         self._admit(request, context)
         return types_pb2.Session(session_id=request.session_id, head_revision_id=request.revision_id)
 
-    def ListRevisions(self, request, context):  # noqa: N802
+    def ListRevisions(self, request, context):
         self._admit(request, context)
         first = int(request.page_token or 0)
         return sessions_pb2.ListRevisionsResponse(
@@ -165,33 +165,33 @@ class FakeServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminService
             next_page_token=str(first + 1) if first < 2 else "",
         )
 
-    def GetRevision(self, request, context):  # noqa: N802
+    def GetRevision(self, request, context):
         self._admit(request, context)
         return types_pb2.Revision(revision_id=request.revision_id)
 
-    def AbortTurn(self, request, context):  # noqa: N802
+    def AbortTurn(self, request, context):
         self._admit(request, context)
         return sessions_pb2.AbortTurnResponse(stopped=True)
 
-    def WarmSession(self, request, context):  # noqa: N802
+    def WarmSession(self, request, context):
         self._admit(request, context)
         session = types_pb2.Session(session_id=request.session_id, tier=types_pb2.TIER_HOT)
         return sessions_pb2.WarmSessionResponse(session=session)
 
-    def SuspendSession(self, request, context):  # noqa: N802
+    def SuspendSession(self, request, context):
         self._admit(request, context)
         session = types_pb2.Session(session_id=request.session_id, tier=types_pb2.TIER_COLD)
         return sessions_pb2.SuspendSessionResponse(session=session)
 
-    def CountTokens(self, request, context):  # noqa: N802
+    def CountTokens(self, request, context):
         self._admit(request, context)
         return sessions_pb2.CountTokensResponse(tokens=len(request.messages))
 
-    def ExplainTurn(self, request, context):  # noqa: N802
+    def ExplainTurn(self, request, context):
         self._admit(request, context)
         return sessions_pb2.ExplainTurnResponse(turns=[sessions_pb2.TurnExplanation(revision_id="r1")])
 
-    def ExportSession(self, request, context):  # noqa: N802
+    def ExportSession(self, request, context):
         self._admit(request, context)
         yield sessions_pb2.ExportSessionResponse(header=sessions_pb2.ArchiveHeader(session_id="s1"))
         for i in range(0, len(self.archive), 300_000):
@@ -201,7 +201,7 @@ class FakeServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminService
         )
         yield sessions_pb2.ExportSessionResponse(trailer=trailer)
 
-    def ImportSession(self, request_iterator, context):  # noqa: N802
+    def ImportSession(self, request_iterator, context):
         parts = list(request_iterator)
         self._admit(parts[0], context)
         self.archive = b"".join(part.chunk for part in parts)
@@ -210,28 +210,28 @@ class FakeServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminService
             session=types_pb2.Session(session_id="s2"), verdict=sessions_pb2.IMPORT_VERDICT_EXACT
         )
 
-    def GetServerInfo(self, request, context):  # noqa: N802
+    def GetServerInfo(self, request, context):
         self._admit(request, context)
         return admin_pb2.GetServerInfoResponse(version="test")
 
-    def GetStats(self, request, context):  # noqa: N802
+    def GetStats(self, request, context):
         self._admit(request, context)
         return admin_pb2.GetStatsResponse(turns_running=1)
 
-    def WatchStats(self, request, context):  # noqa: N802
+    def WatchStats(self, request, context):
         self._admit(request, context)
         for i in range(3):
             yield admin_pb2.GetStatsResponse(turns_running=i)
 
-    def VerifyStore(self, request, context):  # noqa: N802
+    def VerifyStore(self, request, context):
         self._admit(request, context)
         yield admin_pb2.VerifyStoreResponse(summary=admin_pb2.VerifySummary(records=1))
 
-    def CompactStore(self, request, context):  # noqa: N802
+    def CompactStore(self, request, context):
         self._admit(request, context)
         return admin_pb2.CompactStoreResponse(records_erased=1)
 
-    def DrainServer(self, request, context):  # noqa: N802
+    def DrainServer(self, request, context):
         self._admit(request, context)
         return admin_pb2.DrainServerResponse(turns_finished=1)
 

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from fake_server import TEXT, FakeServer, Turn, make_status, random_breaks, serve
+
 from sessiond.clients import (
     AbortedError,
     AsyncClient,
@@ -27,7 +28,6 @@ from sessiond.clients import (
     UnavailableError,
     retry,
 )
-
 from sessiond.v1 import sessions_pb2, types_pb2
 
 

@@ -1,9 +1,9 @@
 """Archives are checked on the way out and closed on the way in."""
 
 import pytest
+
 from sessiond.clients import DataLossError, ProtocolError
 from sessiond.clients.archive import CHUNK_BYTES, ArchiveReader, ArchiveWriter
-
 from sessiond.v1 import sessions_pb2
 
 

@@ -5,10 +5,10 @@ import pytest
 from fake_server import TEXT, Turn, make_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sessiond.clients import AbortedError, ProtocolError, UnavailableError
 from sessiond.clients.events import Event
 from sessiond.clients.reader import TurnReader
-
 from sessiond.v1 import sessions_pb2
 
 

@@ -3,8 +3,8 @@
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sessiond.clients import messages, requests
 
+from sessiond.clients import messages, requests
 from sessiond.v1 import sessions_pb2, types_pb2
 
 

@@ -2,6 +2,7 @@
 
 import grpc
 import pytest
+
 from sessiond.clients import AbortedError, ResourceExhaustedError, UnavailableError, retry
 from sessiond.clients.retry import LONGEST_DELAY, Attempts, RetryRule
 
