@@ -224,7 +224,8 @@ class ChatTemplate:
         before, whole = self._base(old, False, tools), self._base([*old, *new], generate, tools)
         last_user = max((i for i, m in enumerate(old) if m["role"] == "user"), default=0)
         # What the log held when the last answer began: a template may have rewritten that since.
-        asked = self._base(old[: last_user + 1], True, tools) if 0 < last_user + 1 < len(old) else ""
+        answered = [m["role"] for m in old[last_user : last_user + 2]] == ["user", "assistant"]
+        asked = self._base(old[: last_user + 1], True, tools) if answered else ""
         if whole.startswith(before) and before.startswith(asked):
             return whole[len(before) :], not _holds_answers(before, old)
         # Rewritten. A tool's result needs the call before it: try behind the last exchange, then behind a dummy.

@@ -237,22 +237,23 @@ class Session:
         }
         return TurnWork(self.name, self.cache, list(self.log), logged, **(options | changes))
 
-    def run(self, new_ids: Sequence[int], n_new: int, **options: Any) -> list[int]:
-        """A whole turn alone; its generated tokens go into the log."""
-        scheduler = Scheduler(self.model, CELL)
+    def run(
+        self, new_ids: Sequence[int], n_new: int, *, scheduler: Scheduler | None = None, **options: Any
+    ) -> list[int]:
+        """A whole turn, alone or in a scheduler where others run; its generated tokens go into the log."""
+        scheduler = scheduler or Scheduler(self.model, CELL)
         scheduler.add(self.turn(new_ids, n_new, **options))
-        tokens = tokens_of(drain(scheduler), self.name)
+        events = step_until(scheduler, lambda event: isinstance(event, Ended) and event.turn_id == self.name)
+        assert ended(events)[self.name].error is None
+        tokens = tokens_of(events, self.name)
         self.log.extend(tokens)
         return tokens
 
-    def force(self, new_ids: Sequence[int], answer: Sequence[int]) -> list[int]:
-        """A turn that feeds `answer` token by token, as if it had been sampled (its last token is not fed)."""
-        self.run(new_ids, len(answer) + 1, logged=answer, max_new=len(answer) + 1)
-        # the token sampled after the answer is not part of the log; its KV was never computed
-        del self.log[-1]
-        self.log.extend(answer)
+    def force(self, new_ids: Sequence[int], answer: Sequence[int], **options: Any) -> None:
+        """A turn that feeds `answer` token by token, as if it had been sampled; the last one is not fed."""
+        self.run(new_ids, len(answer) + 1, logged=answer, **options)
+        self.log[-1:] = answer
         self.cache.truncate(len(self.log) - 1, CELL)
-        return self.log
 
     def seal(self) -> None:
         """Seal all whole cells of the log."""
