@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sessiond.clients import Session
-
 from sessiond.v1 import sessions_pb2
 
 SYSTEM = "You answer questions about a document briefly."

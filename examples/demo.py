@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 # The daemon process and the timed turns are shared with the benchmarks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from _bench import disk_folder, exit_on_sigterm, file_system, print_json, rounded  # noqa: E402
-from _daemon import DaemonProcess  # noqa: E402
-from _turns import (  # noqa: E402
+from _bench import disk_folder, exit_on_sigterm, file_system, print_json
+from _daemon import DaemonProcess
+from _turns import (
     FIRST_QUESTION,
     SECOND_QUESTION,
     SYSTEM,
@@ -30,10 +31,10 @@ from _turns import (  # noqa: E402
     wait_settled,
 )
 
-from sessiond.clients import Session  # noqa: E402
+from sessiond.clients import Session
 
 MAX_TOKENS = 32
-out = Console(highlight=False)
+out = Console(highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,16 @@ def say(text: str) -> None:
     out.print(f"[bold]==>[/] {text}")
 
 
+def timed(session: Session, messages: str | list[dict[str, str]]) -> Turn:
+    """A turn, with a clock on the terminal while it runs."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=out, transient=True, refresh_per_second=2) as progress:
+        progress.add_task("the model works", total=None)
+        return run_turn(session, messages, max_tokens=MAX_TOKENS)
+
+
 def ask(session: Session, question: str) -> Turn:
-    turn = run_turn(session, question, max_tokens=MAX_TOKENS)
+    turn = timed(session, question)
     shown = question if len(question) < 200 else f"[{len(question):,} characters] … {question.rpartition(chr(10))[2]}"
     out.print(f"    user:      {shown}", markup=False)
     out.print(f"    assistant: {' '.join(turn.text.split())}", markup=False)
@@ -103,7 +112,7 @@ def killed(folder: Path) -> tuple[Conversation, Turn, Turn]:
         resumed = ask(daemon.client().session(talk.session_id), THIRD_QUESTION)
         say("the same history and question in a fresh session, which must compute everything")
         fresh = daemon.client(tenant="fresh").create_session(system=SYSTEM)
-        computed = run_turn(fresh, talk.with_third_question(), max_tokens=MAX_TOKENS)
+        computed = timed(fresh, talk.with_third_question())
         out.print(f"    {computed.computed:,} tokens computed; first token after {computed.ttft_ms:,.0f} ms")
     return talk, resumed, computed
 
@@ -154,9 +163,9 @@ def main() -> int:
     out.print(verdict)
     print_json(
         {
-            "resume_ttft_ms": rounded(resumed.ttft_ms),
-            "prefill_ttft_ms": rounded(computed.ttft_ms),
-            "ttft_ratio": rounded(ratio),
+            "resume_ttft_ms": round(resumed.ttft_ms, 1),
+            "prefill_ttft_ms": round(computed.ttft_ms, 1),
+            "ttft_ratio": round(ratio, 1),
             "tokens_reused": resumed.reused,
             "tokens_total": total,
             "same_answer": same,

@@ -56,18 +56,21 @@ class Conversations:
                 return
             self.sessions.refuse_draining()
             self.sessions.refuse_foreign(record)
-            if live.lease.locked() and live.turn:
-                if not request.wait:
-                    raise SessionBusy(
-                        f"turn {live.turn.plan.request.request_id} is running",
-                        retry_after=1.0,
-                        request_id=live.turn.plan.request.request_id,
-                    )
+            if live.turn and not request.wait:
+                running = live.turn.plan.request.request_id
+                raise SessionBusy(f"turn {running} is running", retry_after=1.0, request_id=running)
+            if live.turn:
                 await live.turn.done()
+                continue
+            if live.lease.locked():  # warming, suspending, or a turn about to start: look again in a moment
+                await asyncio.sleep(0.001)
                 continue
             if len(self.desk.turns) >= self.desk.settings.max_queued_turns:
                 raise QueueFull(f"{len(self.desk.turns)} turns are waiting", retry_after=1.0)
             await live.lease.acquire()
+            if self.desk.store.log.request(tenant, request.session_id, request.request_id) != row:
+                live.lease.release()  # the same request began or ended meanwhile
+                continue
             try:
                 turn = await self._start(tenant, live, request, row)
             except BaseException:

@@ -104,8 +104,8 @@ class SamplingParams:
         if isinstance(self.stop, str) or len(self.stop) > MAX_STOP_STRINGS:
             raise _refuse("stop", self.stop, f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
-            # A lone surrogate has no UTF-8 form; "surrogatepass" measures it, the comparison refuses it.
             allowed = f"valid text of 1 to {MAX_STOP_BYTES} bytes of UTF-8"
+            # A lone surrogate has no UTF-8 form.
             if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
                 raise _refuse("stop", text, allowed)
             if not 1 <= len(text.encode()) <= MAX_STOP_BYTES:

@@ -14,13 +14,11 @@ import grpc
 import structlog
 import torch
 from blake3 import blake3
-from google.protobuf import any_pb2
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from sessiond import modelstore
+from sessiond import modelstore, wire
 from sessiond.auth import Principals
 from sessiond.config import Settings
 from sessiond.conversation import Conversations
@@ -54,21 +52,6 @@ OPTIONS = [
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.so_reuseport", 0),
 ]
-
-
-def rpc_error(error: SessiondError) -> status_pb2.Status:
-    """google.rpc.Status of an error: canonical code, ErrorInfo, and RetryInfo where a retry may help."""
-    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain="sessiond", metadata=error.metadata)]
-    packed = []
-    for detail in details:
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    if error.retry_after is not None:
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(retry)
-    return status_pb2.Status(code=error.status.value, message=error.message, details=packed)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
@@ -122,7 +105,7 @@ async def _abort(context: Any, error: Exception) -> None:
     if not isinstance(error, SessiondError):
         log.exception("internal error")
         error = SessiondError("internal error; the daemon's log has the details")
-    await context.abort_with_status(rpc_status.to_status(rpc_error(error)))
+    await context.abort_with_status(rpc_status.to_status(wire.rpc_error(error)))
 
 
 class Daemon:

@@ -13,7 +13,7 @@ from sessiond import wire
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
-from sessiond.errors import BadRequest, NotImplementedYet
+from sessiond.errors import BadRequest, NotImplementedYet, SessiondError
 from sessiond.policies.registry import POLICIES
 from sessiond.sessions import Sessions
 from sessiond.v1 import admin_pb2 as admin
@@ -109,6 +109,10 @@ class SessionsService(SessionsServicer):
             async for event in events:
                 yield wire.turn_event(sequence, event)
                 sequence += 1
+        except SessiondError as error:
+            if sequence:  # a turn that was accepted ends with a `failed` event, then with the status
+                yield pb.TurnEvent(sequence=sequence, failed=pb.Failed(status=wire.rpc_error(error)))
+            raise
         finally:
             await events.aclose()  # type: ignore[attr-defined]
 

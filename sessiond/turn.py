@@ -60,7 +60,7 @@ class Finished:
     """The turn is a revision (or, aborted without commit, is not: `revision` is then empty)."""
 
     revision: str
-    reason: FinishReason
+    reason: FinishReason | None  # None: nothing was generated
     stop: str
     committed: int
     usage: dict[str, int]
@@ -73,7 +73,7 @@ class Finished:
     def to_json(self) -> dict[str, Any]:
         return {
             "revision": self.revision,
-            "reason": str(self.reason),
+            "reason": str(self.reason) if self.reason else None,
             "stop": self.stop,
             "committed": self.committed,
             "usage": self.usage,
@@ -84,7 +84,7 @@ class Finished:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Finished:
-        return cls(**{**value, "reason": FinishReason(value["reason"])})
+        return cls(**{**value, "reason": FinishReason(value["reason"]) if value["reason"] else None})
 
 
 TurnEvent = Accepted | Restoration | Tokens | Finished
@@ -428,7 +428,7 @@ class Turn:
         cache = self.live.cache
         return Finished(
             revision=self.turn_id,
-            reason=ended.reason,
+            reason=None if self.plan.kind == "append" else ended.reason,
             stop=stop,
             committed=committed,
             usage=usage,

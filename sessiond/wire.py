@@ -13,9 +13,10 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import error_details_pb2, status_pb2
 
 from sessiond.admission import APPEND_ONLY, CONTINUE, NEW_INPUT, TurnRequest
-from sessiond.errors import BadMessage, BadRequest, NotImplementedYet
+from sessiond.errors import BadMessage, BadRequest, NotImplementedYet, SessiondError
 from sessiond.sampling import SamplingParams
 from sessiond.template import Message, ToolCall
 from sessiond.tiers import Restoration
@@ -54,6 +55,19 @@ CAUSES = {
     "not_persisted": pb.RECOMPUTE_CAUSE_NOT_PERSISTED,
     "corrupt": pb.RECOMPUTE_CAUSE_CORRUPT,
 }
+
+
+def rpc_error(error: SessiondError) -> status_pb2.Status:
+    """google.rpc.Status of an error: canonical code, ErrorInfo, and RetryInfo where a retry may help."""
+    status = status_pb2.Status(code=error.status.value, message=error.message)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain="sessiond", metadata=error.metadata)
+    status.details.add().Pack(info)
+    if error.retry_after is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
+        status.details.add().Pack(retry)
+    return status
+
 
 # Fields of a request that do not change what it does: two requests that differ only here are the same request.
 _NOT_DIGESTED = ("request_id", "resume_after_tokens", "wait", "supersede", "abort_on_disconnect")
@@ -304,7 +318,7 @@ def _tokens(event: Tokens) -> pb.Tokens:
 def _finished(event: Finished) -> pb.Finished:
     return pb.Finished(
         revision_id=event.revision,
-        finish_reason=FINISH[event.reason],
+        finish_reason=FINISH[event.reason] if event.reason else UNFINISHED,
         stop=event.stop,
         committed_tokens=event.committed,
         usage=usage(event.usage),
@@ -312,7 +326,7 @@ def _finished(event: Finished) -> pb.Finished:
         tokens_per_second=event.tokens_per_second,
         memory_bytes_by_tier=event.memory,
         notices=event.notices,
-        answer=types.Message(role="assistant", content=[types.ContentPart(text=event.answer)]),
+        answer=message(Message("assistant", event.answer)) if event.usage.get("generated") else None,
     )
 
 

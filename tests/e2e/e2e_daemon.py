@@ -215,6 +215,23 @@ async def peer_of(
         await channel.close()
 
 
+def recorded(session: types_pb2.Session) -> types_pb2.Session:
+    """What the log holds of a session, without where its KV is just now: that changes behind the turns."""
+    copy = types_pb2.Session()
+    copy.CopyFrom(session)
+    for name in ("tier", "exact_upto", "persisted_upto", "bytes_hot"):
+        copy.ClearField(name)
+    return copy
+
+
+async def everything(peer: Peer, session_id: str) -> tuple[types_pb2.Session, list[types_pb2.Revision]]:
+    """All that a refused request must leave as it was."""
+    revisions = await peer.revisions(session_id)
+    for revision in revisions:
+        revision.ClearField("exact_upto")
+    return recorded(await peer.get(session_id)), revisions
+
+
 @contextlib.contextmanager
 def refused(reason: str, code: grpc.StatusCode) -> Iterator[pytest.ExceptionInfo[SessiondClientError]]:
     """The block raises one typed error of that reason and code."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from e2e_daemon import Gate, Peer, refused
+from e2e_daemon import Gate, Peer, everything, peer_of, refused
 from grpc import StatusCode
 
 from sessiond.v1 import sessions_pb2 as pb
@@ -44,8 +44,6 @@ class TestAFinishedTurn:
                 assert missing + again.text == first.text
 
     async def test_is_replayed_after_later_turns_and_a_restart(self, peer: Peer, session: str, daemons, daemon):
-        from e2e_daemon import peer_of
-
         first = await peer.turn(session, "Tell me", max_tokens=6, request_id="turn-1")
         second = await peer.turn(session, "More", max_tokens=6, request_id="turn-2")
         daemon = await daemons.restart(daemon)
@@ -180,8 +178,6 @@ class TestARunningTurn:
 
 class TestTheQueue:
     async def test_has_an_end(self, daemons, settings):
-        from e2e_daemon import peer_of
-
         daemon = await daemons.start(max_queued_turns=1)
         async with peer_of(daemon.port) as peer:
             one, two = [(await peer.create(system="Be brief.")).session_id for _ in range(2)]
@@ -217,7 +213,7 @@ class TestARefusal:
     async def test_meets_an_id_that_is_too_long(self, peer: Peer, session: str):
         turn = await peer.turn(session, "Tell me", max_tokens=1, request_id="r" * 128)
         assert turn.finished.revision_id
-        before = await peer.get(session)
+        before = await everything(peer, session)
         with refused("BAD_REQUEST", StatusCode.INVALID_ARGUMENT):
             await peer.turn(session, "Tell me", max_tokens=1, request_id="r" * 129)
-        assert await peer.get(session) == before
+        assert await everything(peer, session) == before

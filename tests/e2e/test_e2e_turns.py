@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
-from e2e_daemon import Peer, Turn, refused
+from e2e_daemon import Peer, Turn, everything, refused
 from e2e_model import CONTEXT, DEFAULT_SYSTEM, SPECIAL, STOP
 from grpc import StatusCode
 from transformers import AutoTokenizer
@@ -268,12 +269,12 @@ class TestHowATurnEnds:
         assert turn.finished.finish_reason == types_pb2.FINISH_REASON_CONTEXT_FULL
         assert 0 < turn.finished.usage.generated_tokens <= 10
         assert turn.finished.committed_tokens <= CONTEXT
-        before = await peer.get(session.session_id)
+        before = await everything(peer, session.session_id)
         with refused("CONTEXT_TOO_LONG", StatusCode.INVALID_ARGUMENT) as error:
             await peer.turn(session.session_id, "more")
-        assert error.value.metadata["history_tokens"] == str(before.token_count)
+        assert error.value.metadata["history_tokens"] == str(turn.finished.committed_tokens)
         assert error.value.metadata["max_context_tokens"] == str(CONTEXT)
-        assert await peer.get(session.session_id) == before
+        assert await everything(peer, session.session_id) == before
 
     async def test_the_last_position_of_the_context_is_used(self, peer: Peer):
         session = await peer.create(token_ids=[10] * (CONTEXT - 5))
@@ -345,8 +346,6 @@ class TestModes:
         assert second.accepted.prompt_tokens_reused == first.finished.committed_tokens - 1
 
     async def test_turns_of_many_sessions_at_once_answer_as_they_would_alone(self, peer: Peer):
-        import asyncio
-
         texts = [f"Question {i} " * (i + 1) for i in range(5)]
         alone = []
         for text in texts:
