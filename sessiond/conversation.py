@@ -13,10 +13,12 @@ from sessiond import admission
 from sessiond.admission import TurnRequest
 from sessiond.desk import Desk
 from sessiond.errors import (
+    BadRequest,
     QueueFull,
     RequestIdReused,
     SessionBusy,
     SessiondError,
+    SessionNotFound,
 )
 from sessiond.live import Live
 from sessiond.sampling import Sampled, SamplingParams
@@ -130,7 +132,7 @@ class Conversations:
             reused=usage.get("reused", 0),
             drift=bool(row.params["drift"]),
             attachment="replayed",
-            log_start=0,
+            log_start=self.desk.store.log.revision(row.tenant, row.base_revision).log_end,
         )
         if finished.revision:
             ids, _ = self.desk.store.log.tokens(row.tenant, row.revision_id)
@@ -142,15 +144,19 @@ class Conversations:
     async def abort(self, tenant: str, session_id: str, request_id: str, *, commit: bool) -> tuple[bool, str, int]:
         """Stop a running or suspended turn. Idempotent: (stopped now, revision if committed, generated tokens)."""
         record = self.sessions.record(tenant, session_id, deleted_too=True)
+        if not request_id:
+            raise BadRequest("request_id is required: it names the turn to stop", field="request_id")
         live = self.desk.live(tenant, session_id)
         turn = live.turn
-        if turn and request_id in ("", turn.plan.request.request_id):
+        if turn and request_id == turn.plan.request.request_id:
             turn.stop("commit" if commit else "discard")
             await turn.done()
             return True, turn.finished.revision if turn.finished else "", len(turn.generated)
-        row = self.desk.store.log.request(tenant, session_id, request_id or record.extra.get("open_request", "-"))
-        if row is None or row.state not in ("running", "suspended"):
-            finished = (row.finished or {}) if row else {}
+        row = self.desk.store.log.request(tenant, session_id, request_id)
+        if row is None:
+            raise SessionNotFound(f"no turn {request_id} in session {session_id}", request_id=request_id)
+        if row.state not in ("running", "suspended"):
+            finished = row.finished or {}
             return False, str(finished.get("revision", "")), int(finished.get("usage", {}).get("generated", 0))
         async with live.lease:
             await self.desk.unsettle(live)
