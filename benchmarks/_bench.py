@@ -1,4 +1,4 @@
-"""What every measurement needs: medians and spreads, a description of the machine, a folder on a disk, the last line."""
+"""What every measurement needs: medians and spreads, the machine described, a folder on a disk, the last line."""
 
 from __future__ import annotations
 

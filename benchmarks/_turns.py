@@ -82,7 +82,7 @@ def run_turn(session: Session, messages: Any = None, **options: Any) -> Turn:
 
 
 def settled(token_count: int, exact_upto: int, persisted_upto: int, cell_tokens: int) -> bool:
-    """Whether all whole cells are sealed and all KV is on disk. The last token of an answer has none: it was not fed."""
+    """Whether all whole cells are sealed and all KV is on disk. An answer's last token has none: it was not fed."""
     return exact_upto >= token_count // cell_tokens * cell_tokens and persisted_upto >= token_count - 1
 
 

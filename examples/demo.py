@@ -97,7 +97,7 @@ def converse(daemon: DaemonProcess) -> Conversation:
 
 
 def killed(folder: Path) -> tuple[Conversation, Turn, Turn]:
-    """The conversation through a kill: (it, the third turn resumed, the third turn in a session that shares nothing)."""
+    """The conversation through a kill: (it, its third turn resumed, that turn in a session that shares nothing)."""
     data = folder / "killed"
     say("start a daemon")
     with DaemonProcess(data) as daemon:

@@ -83,7 +83,7 @@ def sessiond_attention(
     """transformers' attention call. query [1, H, N, D]; returns [1, N, H, D]. Rows outside every span are zero."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     heads, spans, scratch = query[0], packed.spans, packed.scratch
-    if len(spans) == 1 and heads.shape[1] == spans[0].end:
+    if len(spans) == 1 and heads.shape[1] == spans[0].end - spans[0].start:
         return attend(heads, spans[0], layer, scaling, sliding_window, scratch)[None], None
     out = heads.new_zeros(heads.shape[1], heads.shape[0], heads.shape[2])
     for span in spans:

@@ -48,6 +48,10 @@ class SessionCache:
         self.capacity = -(-capacity // KEY_GRANULE) * KEY_GRANULE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._memory = memory = mmap.mmap(-1, shape.bytes_per_token * self.capacity, flags=flags)
+        if (option := getattr(mmap, "MADV_NOHUGEPAGE", None)) is not None:
+            # Where the kernel gives huge pages unasked, one token would take one in every layer and head.
+            with contextlib.suppress(OSError):
+                memory.madvise(option)
         dims = (shape.n_layers, 2, shape.n_kv_heads, self.capacity, shape.head_dim)
         data = torch.frombuffer(memory, dtype=torch_dtype(shape)).view(dims)
         self.keys: Sequence[Tensor] = data[:, 0].unbind(0)

@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     tls_client_ca: Path | None = Field(None, description="PEM roots; clients must then present a certificate.")
     auth_tokens: Path | None = Field(None, description="JSON file {bearer token: tenant}.")
     trust_tenant_metadata: bool = Field(False, description="Take the tenant from `sessiond-tenant` metadata.")
+    metrics_listen: str | None = Field(None, description="host:port of Prometheus metrics; off by default.")
     reflection: bool | None = Field(None, description="gRPC reflection; default: only on loopback.")
 
     # How it computes.
@@ -56,6 +57,7 @@ class Settings(BaseSettings):
     detached_turn_seconds: float = Field(60.0, ge=0, description="A turn nobody listens to runs on for this.")
     stream_before_log: bool = Field(False, description="Stream tokens before they are durable, at your risk.")
     delete_retention_seconds: float = Field(7 * 86400.0, ge=0, description="Soft-deleted sessions are kept for this.")
+    settle_seconds: float = Field(0.2, ge=0, description="Idle time after a turn before KV is sealed and written.")
     sweep_seconds: float = Field(5.0, gt=0, description="How often expiry and idleness are looked at.")
     drain_seconds: float = Field(30.0, ge=0, description="SIGTERM lets running turns go on for this.")
 
@@ -66,12 +68,13 @@ class Settings(BaseSettings):
             raise ValueError("cell_tokens is 128 or 256")
         return value
 
-    @field_validator("listen")
+    @field_validator("listen", "metrics_listen")
     @classmethod
-    def _address(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError("listen is host:port with a port of 0 to 65535")
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None:
+            host, _, port = value.rpartition(":")
+            if not host or not port.isdigit() or int(port) > 65535:
+                raise ValueError("an address is host:port with a port of 0 to 65535")
         return value
 
     @property

@@ -142,8 +142,12 @@ class Desk:
             self._locks.pop(key, None)
 
     @property
+    def hot_sessions(self) -> int:
+        return sum(live.cache is not None for live in list(self.lives.values()))
+
+    @property
     def hot_bytes(self) -> int:
-        return sum(live.cache.nbytes for live in self.lives.values() if live.cache)
+        return sum(live.cache.nbytes for live in list(self.lives.values()) if live.cache)
 
     async def warm(self, live: Live) -> Restoration:
         """Bring a cold session's KV into memory. The lease must be held, the history loaded."""
@@ -196,8 +200,9 @@ class Desk:
             self.engine.cancel_seal(live.owner)
 
     async def _settle(self, live: Live) -> None:
-        record = self.store.log.session(live.tenant, live.session_id)
+        await asyncio.sleep(self.settings.settle_seconds)
         try:
+            record = self.store.log.session(live.tenant, live.session_id)
             if record.seal and self.settings.seal and live.cache:
                 await self._seal(live)
             await self.persist(live)

@@ -26,6 +26,7 @@ from sessiond.desk import Desk
 from sessiond.engine import Engine
 from sessiond.errors import InvalidConfig, SessiondError, UnsafeAddress
 from sessiond.keeper import Keeper
+from sessiond.metrics import serve_metrics
 from sessiond.model import Model, load_tokenizer, numerics_profile
 from sessiond.scheduler import Event
 from sessiond.service import AdminService, SessionsService
@@ -164,6 +165,8 @@ class Daemon:
         self.conversations = Conversations(self.desk, self.sessions)
         self.keeper = Keeper(self.desk, self.sessions)
         await self._serve(credentials, principals, identity, profile)
+        if settings.metrics_listen:
+            self._stack.callback(serve_metrics(self.desk, settings.metrics_listen))
         self._sweep = asyncio.create_task(self.keeper.sweep())
 
     async def _serve(

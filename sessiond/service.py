@@ -198,7 +198,7 @@ class AdminService(AdminServicer):
         desk = self.sessions.desk
         usage = await desk.in_pool(desk.tiers.disk_usage)
         counters = desk.engine.counters
-        hot = sum(1 for live in desk.lives.values() if live.cache)
+        hot = desk.hot_sessions
         response = admin.GetStatsResponse(
             sessions_by_tier={"hot": hot, "cold": usage.sessions - usage.deleted - hot},
             sessions_deleted=usage.deleted,

@@ -369,8 +369,9 @@ class Sessions:
 
     async def _purge(self, tenant: str, session_id: str) -> int:
         """Erase a session: its records, and all KV that no other session of the tenant uses."""
-        freed: int = await self.desk.in_pool(self.desk.tiers.erase, tenant, session_id)
+        # The index first: a death in between leaves a session to purge again, not one the log seems to have lost.
         await self.desk.in_sql(self.desk.store.catalog.remove_session, tenant, session_id)
+        freed: int = await self.desk.in_pool(self.desk.tiers.erase, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
         return freed
 

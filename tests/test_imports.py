@@ -25,7 +25,7 @@ LAYERS: list[list[str]] = [
     ["doctor_*"],
     ["server"],
     ["service", "auth"],
-    ["wire"],
+    ["wire", "metrics"],
     ["conversation", "keeper"],
     ["sessions"],
     ["views"],
@@ -50,7 +50,6 @@ LAYERS: list[list[str]] = [
     ["modelconvert", "modelfetch", "modelcache", "modelidentity", "modelcheck"],
     ["clients.*"],
     ["v1.*"],
-    ["metrics"],
     ["config"],
     ["types", "errors"],
 ]

@@ -80,11 +80,11 @@ def test_the_comparison_sees_one_bit(model, ids):
 def test_token_by_token_differs_from_canonical(model, ids, expected):
     """The negative control: without sealing the bytes would depend on how the tokens came."""
     session = Session(model)
-    session.force(ids[:1], ids[1:])
+    session.force(ids[:1], ids[1 : 2 * CELL + 1])
     assert session.cache.sealed == 0
-    assert all(digest(session.cache, i * CELL, (i + 1) * CELL) != expected[i] for i in range(N_CELLS))
+    assert all(digest(session.cache, i * CELL, (i + 1) * CELL) != expected[i] for i in range(2))
     session.seal()
-    assert session.cell_digests() == expected
+    assert session.cell_digests() == expected[:2]
 
 
 @pytest.mark.parametrize("seal_after", [(), (0, 1, 2, 3, 4, 5, 6, 7, 8), (2, 5)], ids=["at-end", "each", "twice"])

@@ -53,15 +53,14 @@ async def peer(daemon: Daemon) -> AsyncIterator[Peer]:
 
 
 @pytest.fixture
-def spawn(settings: dict[str, Any]) -> Iterator[Callable[..., Process]]:
+def spawn(settings: dict[str, Any], tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts daemons in processes; those still running are killed at the end."""
     started: list[Process] = []
 
     def spawn(**changes: Any) -> Process:
-        started.append(Process(**{**settings, **changes}))
+        started.append(Process(tmp_path, {**settings, **changes}))
         return started[-1]
 
     yield spawn
     for process in started:
-        if process.process.poll() is None:
-            process.kill()
+        process.kill()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-import subprocess
-import sys
+import multiprocessing
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
+from e2e_runner import run
 from google.protobuf.message import Message as Proto
 
 from sessiond.clients import requests
@@ -25,7 +24,6 @@ from sessiond.v1 import admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc, types_p
 
 T = TypeVar("T")
 PATIENCE = 60.0  # seconds after which a thing that should happen counts as not happening
-RUNNER = Path(__file__).with_name("e2e_runner.py")
 
 
 @dataclass
@@ -303,46 +301,47 @@ class Gate:
 
 
 class Process:
-    """A daemon in a process of its own, to be killed."""
+    """A daemon in a process of its own, to be killed.
 
-    def __init__(self, **settings: Any) -> None:
-        flags = [f"{name}={value}" for name, value in settings.items()]
-        self.process = subprocess.Popen(
-            [sys.executable, str(RUNNER), *flags],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        lines = []
-        for line in self.process.stdout:
-            lines.append(line)
-            if line.startswith("ready "):
-                self.port = int(line.split()[1])
-                # Keep reading, or a full pipe would stop it.
-                self.rest = threading.Thread(target=lines.extend, args=(self.process.stdout,), daemon=True)
-                self.rest.start()
-                return
-        self.process.wait()
-        self.process.stdout.close()
-        raise AssertionError(f"the daemon did not start:\n{''.join(lines)}")
+    Forked from a server that has imported everything, which takes most of a start's seconds.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.hold_file = folder / "hold"
+        log = folder / "daemon.log"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["sessiond.server"])
+        here, there = context.Pipe(duplex=False)
+        self.process = context.Process(target=run, args=(settings, there, str(log), str(self.hold_file)), daemon=True)
+        self.process.start()
+        there.close()
+        with here:
+            told = here.recv() if here.poll(PATIENCE) else None
+        if not isinstance(told, int):
+            self.kill()
+            raise AssertionError(f"the daemon did not start: {told}\n{log.read_text() if log.exists() else ''}")
+        self.port = told
+
+    def hold(self, steps: int) -> None:
+        """Let the engine run so many steps and then no more."""
+        partial = self.hold_file.with_suffix(".partial")
+        partial.write_text(str(steps))
+        partial.replace(self.hold_file)
+
+    def release(self) -> None:
+        self.hold_file.unlink()
 
     def kill(self) -> None:
+        """SIGKILL."""
         self.process.kill()
-        self._reap()
+        self.process.join()
 
     def terminate(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+        """SIGTERM."""
+        self.process.terminate()
 
-    async def exit_code(self) -> int:
+    async def exit_code(self) -> int | None:
         async with asyncio.timeout(PATIENCE):
-            while self.process.poll() is None:
+            while self.process.is_alive():
                 await asyncio.sleep(0.02)
-        self._reap()
-        return self.process.returncode
-
-    def _reap(self) -> None:
-        self.process.wait()
-        self.rest.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        return self.process.exitcode

@@ -1,17 +1,46 @@
-"""Serve with the settings given as name=value; says `ready PORT` when it does."""
+"""What a spawned daemon runs. Nothing here may import pytest: the process is a daemon and nothing else."""
 
 from __future__ import annotations
 
-import sys
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 from sessiond.config import Settings
+from sessiond.errors import SessiondError
 from sessiond.server import Daemon, serve
 
 
-def ready(daemon: Daemon) -> None:
-    sys.stdout.write(f"ready {daemon.port}\n")
-    sys.stdout.flush()
+def run(settings: dict[str, Any], pipe: Connection, log: str, hold: str) -> None:
+    """Serve; send the port, or what it failed with, through `pipe`. Its output goes to the file `log`."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+
+    def ready(daemon: Daemon) -> None:
+        assert daemon.desk is not None
+        daemon.desk.engine.model.step = held(daemon.desk.engine.model.step, Path(hold))  # type: ignore[method-assign]
+        pipe.send(daemon.port)
+
+    try:
+        serve(Settings(**settings), ready)
+    except SessiondError as error:
+        pipe.send(error.reason)
 
 
-if __name__ == "__main__":
-    serve(Settings(**dict(flag.split("=", 1) for flag in sys.argv[1:])), ready)
+def held(step: Any, path: Path) -> Any:
+    """`step`, of which only as many run as the file `path` says, from when it is there."""
+    done = 0
+
+    def limited(*args: Any) -> Any:
+        nonlocal done
+        assert threading.current_thread().name == "engine"
+        while path.exists() and done >= int(path.read_text()):
+            time.sleep(0.01)
+        done = done + 1 if path.exists() else 0
+        return step(*args)
+
+    return limited

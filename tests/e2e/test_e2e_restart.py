@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import lmdb
 import pytest
-from e2e_daemon import PATIENCE, Daemons, Peer, Process, Turn, peer_of, recorded
+from e2e_daemon import PATIENCE, Daemons, Peer, Process, Turn, peer_of, recorded, refused
+from e2e_model import write_chat_model
 from grpc import StatusCode
 
 from sessiond.clients import AsyncClient
@@ -13,6 +15,7 @@ from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2
 
 # Long enough for whole cells and a tail beyond them.
+LONG = 40
 TEXTS = ["word " * 70, "And a little more", "The last question"]
 SAMPLINGS = [{}, {"temperature": 1.5, "seed": 7}]
 
@@ -21,25 +24,25 @@ async def converse(peer: Peer, session: str, texts: list[str], **options) -> lis
     """Turns, each begun only when the one before is sealed and on disk, as a person's would be."""
     turns = []
     for text in texts:
-        turns.append(await peer.turn(session, text, max_tokens=16, **options))
+        turns.append(await peer.turn(session, text, max_tokens=LONG, **options))
         await peer.settled(session)
     return turns
 
 
-async def never_interrupted(spawn, tmp_path, **options) -> list[Turn]:
+async def never_interrupted(daemons: Daemons, tmp_path, texts=TEXTS, **options) -> list[Turn]:
     """The conversation in a daemon that nothing happens to."""
-    process = spawn(data_dir=tmp_path / "undisturbed")
-    async with peer_of(process.port) as peer:
+    daemon = await daemons.start(data_dir=tmp_path / "undisturbed")
+    async with peer_of(daemon.port) as peer:
         session = (await peer.create(system="Be brief.")).session_id
-        turns = await converse(peer, session, TEXTS, **options)
-    process.kill()
+        turns = await converse(peer, session, texts, **options)
+    await daemons.stop(daemon)
     return turns
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded"])
 class TestBetweenTurns:
-    async def test_a_clean_stop_recomputes_nothing(self, spawn, daemons: Daemons, tmp_path, sampling):
-        whole = await never_interrupted(spawn, tmp_path, **sampling)
+    async def test_a_clean_stop_recomputes_nothing(self, daemons: Daemons, tmp_path, sampling):
+        whole = await never_interrupted(daemons, tmp_path, **sampling)
         daemon = await daemons.start()
         async with peer_of(daemon.port) as peer:
             session = (await peer.create(system="Be brief.")).session_id
@@ -52,7 +55,7 @@ class TestBetweenTurns:
             assert recorded(after) == recorded(before)
             assert after.persisted_upto == before.persisted_upto
             assert after.exact_upto == before.exact_upto
-            turn = await peer.turn(session, TEXTS[2], max_tokens=16, **sampling)
+            turn = await peer.turn(session, TEXTS[2], max_tokens=LONG, **sampling)
         assert turn.kinds[:2] == ["accepted", "restored"]
         assert turn.restored.tokens_recomputed == 0
         assert not turn.restored.reasons
@@ -64,15 +67,15 @@ class TestBetweenTurns:
         daemon = await daemons.start()
         async with peer_of(daemon.port) as peer:
             session = (await peer.create(system="Be brief.")).session_id
-            turn = await peer.turn(session, TEXTS[0], max_tokens=16, **sampling)
+            turn = await peer.turn(session, TEXTS[0], max_tokens=LONG, **sampling)
         daemon = await daemons.restart(daemon)
         async with peer_of(daemon.port) as peer:
-            then = await peer.turn(session, TEXTS[1], max_tokens=16, **sampling)
+            then = await peer.turn(session, TEXTS[1], max_tokens=LONG, **sampling)
         assert then.restored.tokens_recomputed == 0
         assert then.restored.tokens_restored == turn.finished.committed_tokens - 1
 
-    async def test_a_kill_after_all_was_persisted_recomputes_nothing(self, spawn, tmp_path, sampling):
-        whole = await never_interrupted(spawn, tmp_path, **sampling)
+    async def test_a_kill_after_all_was_persisted_recomputes_nothing(self, spawn, daemons: Daemons, tmp_path, sampling):
+        whole = await never_interrupted(daemons, tmp_path, **sampling)
         process = spawn()
         async with peer_of(process.port) as peer:
             session = (await peer.create(system="Be brief.")).session_id
@@ -83,7 +86,7 @@ class TestBetweenTurns:
         async with peer_of(process.port) as peer:
             after = await peer.get(session)
             assert recorded(after) == recorded(before)
-            turn = await peer.turn(session, TEXTS[2], max_tokens=16, **sampling)
+            turn = await peer.turn(session, TEXTS[2], max_tokens=LONG, **sampling)
         assert turn.restored.tokens_recomputed == 0
         assert turn.restored.tokens_restored == before.token_count - 1
         assert [t.ids for t in [*turns, turn]] == [t.ids for t in whole]
@@ -93,76 +96,70 @@ async def test_a_kill_right_after_finished_loses_no_token(spawn):
     process = spawn()
     async with peer_of(process.port) as peer:
         session = (await peer.create(system="Be brief.")).session_id
-        turn = await peer.turn(session, TEXTS[0], max_tokens=16, request_id="turn-1")
+        turn = await peer.turn(session, TEXTS[0], max_tokens=LONG, request_id="turn-1")
         process.kill()
     process = spawn()
     async with peer_of(process.port) as peer:
         now = await peer.get(session)
         assert now.head_revision_id == turn.finished.revision_id
         assert now.token_count == turn.finished.committed_tokens
-        replay = await peer.turn(session, TEXTS[0], max_tokens=16, request_id="turn-1")
+        replay = await peer.turn(session, TEXTS[0], max_tokens=LONG, request_id="turn-1")
         assert (replay.accepted.attachment, replay.ids) == (pb.ATTACHMENT_REPLAYED, turn.ids)
-        then = await peer.turn(session, TEXTS[1], max_tokens=16)
+        then = await peer.turn(session, TEXTS[1], max_tokens=LONG)
         lost = then.restored.tokens_recomputed if "restored" in then.kinds else 0
         assert sum(reason.tokens for reason in then.restored.reasons) == lost
         assert all(reason.reason == pb.RECOMPUTE_CAUSE_NOT_PERSISTED for reason in then.restored.reasons)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded"])
-@pytest.mark.parametrize("seen", [1, 30])
-async def test_a_turn_cut_off_by_a_kill_goes_on_where_it_stood(spawn, tmp_path, sampling, seen: int):
+@pytest.mark.parametrize("seen", [0, 1, 30])
+async def test_a_turn_cut_off_by_a_kill_goes_on_where_it_stood(spawn, daemons, tmp_path, sampling, seen: int):
     """The client comes back with its request_id and gets the rest; nothing shows that anything happened."""
-    undisturbed = spawn(data_dir=tmp_path / "undisturbed")
-    async with peer_of(undisturbed.port) as peer:
-        session = (await peer.create(system="Be brief.")).session_id
-        await converse(peer, session, TEXTS[:1], **sampling)
-        whole = await peer.turn(session, "Tell me", max_tokens=300, **sampling)
-        await peer.settled(session)
-        after = await peer.turn(session, "And then?", max_tokens=8)
-    undisturbed.kill()
-
+    before, whole, after = await never_interrupted(daemons, tmp_path, [TEXTS[0], "Tell me", "And?"], **sampling)
     process = spawn()
     async with peer_of(process.port) as peer:
         session = (await peer.create(system="Be brief.")).session_id
-        await converse(peer, session, TEXTS[:1], **sampling)
-        stream = peer.open(session, "Tell me", max_tokens=300, request_id="turn-1", **sampling)
-        first = await stream.read_tokens(seen)
+        assert (await converse(peer, session, TEXTS[:1], **sampling))[0].ids == before.ids
+        process.hold(seen)
+        stream = peer.open(session, "Tell me", max_tokens=LONG, request_id="turn-1", **sampling)
+        await stream.read(lambda turn: "accepted" in turn.kinds and len(turn.ids) >= seen)
         process.kill()
         first = await stream.read()
+        assert first.error is not None
         assert first.error.code is StatusCode.UNAVAILABLE
-        assert "finished" not in first.kinds, "the daemon was too fast to be killed in the middle"
+        assert len(first.ids) == seen
+    process.release()
     process = spawn()
     async with peer_of(process.port) as peer:
         assert (await peer.get(session)).suspended_request_id == "turn-1"
         rest = await peer.turn(
-            session,
-            "Tell me",
-            max_tokens=300,
-            request_id="turn-1",
-            resume_after_tokens=len(first.ids),
-            **sampling,
+            session, "Tell me", max_tokens=LONG, request_id="turn-1", resume_after_tokens=seen, **sampling
         )
         assert rest.accepted.attachment == pb.ATTACHMENT_RESUMED
         assert first.ids + rest.ids == whole.ids
         assert first.text + rest.text == whole.text == rest.answer
+        assert rest.finished.usage.generated_tokens == whole.finished.usage.generated_tokens
         await peer.settled(session)
-        assert (await peer.turn(session, "And then?", max_tokens=8)).ids == after.ids
+        assert (await peer.turn(session, "And?", max_tokens=LONG, **sampling)).ids == after.ids
 
 
-async def test_the_client_survives_a_kill_by_itself(spawn, settings):
+async def test_the_client_survives_a_kill_by_itself(spawn):
     """`sessiond.clients` comes back on its own: the caller's loop sees one answer, without a gap or repetition."""
-    process = spawn(listen="127.0.0.1:0")
-    async with AsyncClient(f"127.0.0.1:{process.port}") as client:
+    process = spawn()
+    async with AsyncClient(f"localhost:{process.port}") as client:
         undisturbed = await client.create_session(system="Be brief.")
-        whole = [event async for event in undisturbed.generate("Tell me", max_tokens=300)]
+        whole = [event async for event in undisturbed.generate("Tell me", max_tokens=LONG)]
         session = await client.create_session(system="Be brief.")
-        seen, replacement = [], None
+        seen, killed = [], False
+        process.hold(12)
         async with asyncio.timeout(PATIENCE):
-            async for event in session.generate("Tell me", max_tokens=300):
+            async for event in session.generate("Tell me", max_tokens=LONG):
                 seen.append(event)
-                if replacement is None and event.token_ids and event.proto.token.first_token_index >= 10:
+                if not killed and event.token_ids and event.proto.token.first_token_index >= 10:
+                    killed = True
                     process.kill()
-                    replacement = await asyncio.to_thread(spawn, listen=f"127.0.0.1:{process.port}")
+                    process.release()
+                    await asyncio.to_thread(spawn, listen=f"127.0.0.1:{process.port}")
     assert [t for event in seen for t in event.token_ids] == [t for event in whole for t in event.token_ids]
     assert "".join(event.text for event in seen) == "".join(event.text for event in whole)
     assert seen[-1].kind == "finished"
@@ -192,7 +189,7 @@ async def test_damaged_kv_is_computed_again_from_the_log(spawn, daemons: Daemons
         undisturbed = (await peer.create(system="Be brief.")).session_id
         for one in (session, undisturbed):
             await converse(peer, one, TEXTS[:2])
-        expected = await peer.turn(undisturbed, TEXTS[2], max_tokens=16)
+        expected = await peer.turn(undisturbed, TEXTS[2], max_tokens=LONG)
         await peer.delete(undisturbed, purge_now=True)
         await peer.suspend(session)
     await daemons.stop(daemon)
@@ -200,7 +197,7 @@ async def test_damaged_kv_is_computed_again_from_the_log(spawn, daemons: Daemons
     damage(path)
     daemon = await daemons.start()
     async with peer_of(daemon.port) as peer:
-        turn = await peer.turn(session, TEXTS[2], max_tokens=16)
+        turn = await peer.turn(session, TEXTS[2], max_tokens=LONG)
     assert turn.ids == expected.ids
     assert turn.restored.tokens_recomputed > 0
     assert {reason.reason for reason in turn.restored.reasons} == {pb.RECOMPUTE_CAUSE_CORRUPT}
@@ -209,8 +206,6 @@ async def test_damaged_kv_is_computed_again_from_the_log(spawn, daemons: Daemons
 
 def damage(path) -> None:
     """Flip one byte in the middle of every page run that looks like a KV record's payload."""
-    import lmdb
-
     with lmdb.open(str(path.parent), map_size=1 << 30, lib_version=0) as env, env.begin(write=True) as txn:
         cursor = txn.cursor()
         for key, value in list(cursor):
@@ -220,16 +215,12 @@ def damage(path) -> None:
 
 
 async def test_a_session_of_another_model_is_refused_by_name(daemons: Daemons, tmp_path):
-    from e2e_model import write_chat_model
-
     daemon = await daemons.start()
     async with peer_of(daemon.port) as peer:
         session = (await peer.create(system="Be brief.")).session_id
         before = await peer.get(session)
     other = write_chat_model(tmp_path / "other", seed=1)
     daemon = await daemons.restart(daemon, model=str(other))
-    from e2e_daemon import refused
-
     async with peer_of(daemon.port) as peer:
         for attempt in (peer.turn(session, "Tell me", max_tokens=2), peer.warm(session)):
             with refused("IDENTITY_MISMATCH", StatusCode.FAILED_PRECONDITION) as error:
