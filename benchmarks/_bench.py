@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from rich.console import Console
 
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
@@ -57,16 +57,31 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def memory_gb_s(size: int = 64 << 20) -> float:
-    """Speed of copying memory now, best of three: where it moves by a fifth within a run, others use the machine."""
-    source = np.ones(size, np.uint8)
-    target = np.zeros(size, np.uint8)
-    best = 0.0
-    for _ in range(3):
-        began = time.perf_counter()
-        np.copyto(target, source)
-        best = max(best, 2 * size / (time.perf_counter() - began) / 1e9)
-    return rounded(best)
+class Neighbours:
+    """How much of the machine others used since it was made. Children count as ours once they have been waited for."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._busy, self._own = busy_seconds(), _own_seconds()
+
+    def share(self) -> float | None:
+        """Share of all cores' time, in [0, 1]; None where /proc/stat is not."""
+        busy = busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        others = (busy - self._busy) - (_own_seconds() - self._own)
+        return round(max(0.0, others) / (time.perf_counter() - self._began) / (os.cpu_count() or 1), 3)
+
+
+def busy_seconds(stat: str | None = None) -> float | None:
+    """Seconds that all cores together spent on anything since boot, also on other guests (steal)."""
+    if stat is None:
+        table = Path("/proc/stat")
+        if not table.is_file():
+            return None
+        stat = table.read_text()
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, Any]:
@@ -131,6 +146,12 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, separators=(",", ":")), flush=True)
 
 
+def console() -> Console:
+    """Where tables and progress go: as wide as the terminal, and wide enough for any table in a file."""
+    plain = Console(highlight=False, soft_wrap=True)
+    return plain if plain.is_terminal else Console(highlight=False, soft_wrap=True, width=140)
+
+
 def exit_on_sigterm() -> None:
     """Let SIGTERM unwind the stack, as Ctrl-C does, so that daemons and folders are cleaned up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -139,6 +160,11 @@ def exit_on_sigterm() -> None:
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _cpu_name() -> str:

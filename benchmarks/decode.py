@@ -18,31 +18,31 @@ from typing import Any
 
 import torch
 from _bench import (
+    Neighbours,
     alternating,
+    console,
     disk_folder,
     exit_on_sigterm,
     file_system,
     machine,
     median,
-    memory_gb_s,
     print_json,
     ratios,
-    rounded,
     spread,
     today,
 )
 from _daemon import DaemonProcess
 from _turns import prose, run_turn, token_ms, wait_settled
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 from transformers.generation.streamers import BaseStreamer
 
 from sessiond import modelstore
 from sessiond.clients import Client
 
 PREFILL_CONTEXT = 8000
-out = Console(highlight=False, soft_wrap=True, stderr=True)
+out = console()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +140,11 @@ class Ours:
         return Sample(turn.ttft_ms, turn.token_ms, turn.token_ids)
 
 
-def measure(
-    ours: Ours, peer: Peer, text: list[int], context: int, n_tokens: int, repeats: int, memory: list[float]
-) -> Pairs:
+def measure(ours: Ours, peer: Peer, text: list[int], context: int, n_tokens: int, repeats: int) -> Pairs:
     pairs = Pairs()
     for repeat in range(repeats):
         start = (repeat * (context + 97)) % (len(text) - context)
         ids = text[start : start + context]
-        memory.append(memory_gb_s())
         runs = [(ours, pairs.ours), (peer, pairs.peer)]
         for runner, samples in runs if alternating(repeat) else reversed(runs):
             samples.append(runner.run(ids, n_tokens))
@@ -203,10 +200,11 @@ def main() -> None:
     options = parser.parse_args()
     path = modelstore.resolve(options.model).path
     described = machine()
+    transformers_logging.disable_progress_bar()
     peer = Peer(path, options.threads)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     text = tokenizer.encode(prose(), add_special_tokens=False)
-    memory: list[float] = []
+    neighbours = Neighbours()
     with disk_folder("sessiond-bench-") as name:
         kind = file_system(Path(name))
         out.print(f"data in {name}, on {kind}; {options.threads} threads each; one warm-up turn of each first")
@@ -215,7 +213,7 @@ def main() -> None:
             for runner in (ours, peer):
                 runner.run(text[-256:], 8)
             results = {
-                context: measure(ours, peer, text, context, options.tokens, options.repeats, memory)
+                context: measure(ours, peer, text, context, options.tokens, options.repeats)
                 for context in sorted(options.contexts)
             }
     agreement = check(results)
@@ -232,8 +230,7 @@ def main() -> None:
             "ours": "daemon in its own process, through gRPC",
             "peer": f"transformers generate, DynamicCache, {peer.attention}, in this process",
             "order": "alternating (ABBA), never both at once",
-            "memory_gb_s": spread(memory),
-            "quiet": rounded(max(memory) / min(memory)) <= 1.2,
+            "others_cpu_share": neighbours.share(),
             "file_system": kind,
             "date": today(),
             "machine": described,

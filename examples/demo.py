@@ -11,14 +11,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 # The daemon process and the timed turns are shared with the benchmarks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from _bench import disk_folder, exit_on_sigterm, file_system, print_json
+from _bench import console, disk_folder, exit_on_sigterm, file_system, print_json
 from _daemon import DaemonProcess
 from _turns import (
     FIRST_QUESTION,
@@ -34,7 +33,7 @@ from _turns import (
 from sessiond.clients import Session
 
 MAX_TOKENS = 32
-out = Console(highlight=False, soft_wrap=True)
+out = console()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ def serve(
     tls_client_ca: Annotated[Path | None, _flag("PEM roots; clients must have a certificate.", _ACCESS)] = None,
     auth_tokens: Annotated[Path | None, _flag("JSON file {bearer token: tenant}.", _ACCESS)] = None,
     trust_tenant_metadata: Annotated[bool | None, _flag("Believe `sessiond-tenant`.", _ACCESS)] = None,
+    metrics_listen: Annotated[str | None, _flag("host:port of Prometheus metrics. [off]", _ACCESS)] = None,
     reflection: Annotated[bool | None, _flag("gRPC reflection. [on loopback only]", _ACCESS)] = None,
     threads: Annotated[int | None, _flag("Threads that compute. [all cores]", _COMPUTE)] = None,
     dtype: Annotated[str | None, _flag("auto, bfloat16 or float32. [auto]", _COMPUTE)] = None,
@@ -46,6 +47,7 @@ def serve(
     detached_turn_seconds: Annotated[float | None, _flag("A turn nobody hears goes on. [60]", _TURNS)] = None,
     stream_before_log: Annotated[bool | None, _flag("Stream before tokens are durable.", _TURNS)] = None,
     delete_retention_seconds: Annotated[float | None, _flag("Deleted sessions stay. [7 days]", _TURNS)] = None,
+    settle_seconds: Annotated[float | None, _flag("Pause before state is sealed and written. [0.2]", _TURNS)] = None,
     sweep_seconds: Annotated[float | None, _flag("How often expiry is looked at. [5]", _TURNS)] = None,
     drain_seconds: Annotated[float | None, _flag("SIGTERM lets turns go on. [30]", _TURNS)] = None,
 ) -> None:

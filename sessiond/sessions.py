@@ -301,6 +301,7 @@ class Sessions:
     ) -> tuple[int, int]:
         """Tokens these messages would append to the session, and tokens it holds."""
         record = self.record(tenant, session_id)
+        self.refuse_foreign(record)
         live = Live(tenant, session_id)
         live.load_history(self.desk.store.log, record.head_revision)
         request = TurnRequest(

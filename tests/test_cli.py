@@ -338,6 +338,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(address: str, server: CannedS
         terminal.seen = ""
         terminal.send("once more\n")
         terminal.expect("first token 31 ms")
+        terminal.expect("\n> ")
         terminal.send("\x04")
         terminal.expect("come back with: sessiond chat --session s1")
         assert terminal.leave() == 0

@@ -70,7 +70,10 @@ RESTRICTED: dict[str, list[str]] = {
     "grpc": ["server", "service", "cli_*", "clients.*", "v1.*"],
     "grpc_status": ["server", "clients.*"],
     "transformers": ["model", "attention", "cache", "modelconvert"],
-    "torch": ["engine", "scheduler", "model", "attention", "cache", "sampling", "policies.*", "kernels.*", "modelconvert", "server"],
+    "torch": [
+        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "policies.*", "kernels.*",
+        "modelconvert",
+    ],
     "lmdb": ["storage.*"],
     "sqlalchemy": ["storage.*", "doctor_place"],
     "alembic": ["storage.*"],

@@ -180,10 +180,9 @@ class Peer:
         async with asyncio.timeout(PATIENCE):
             while True:
                 session = await self.get(session_id)
-                # The last token of an answer is in the log but was never fed to the model.
-                if session.exact_upto >= session.token_count // 128 * 128 - 128 and (
-                    session.persisted_upto >= session.token_count - 1
-                ):
+                # The last token of an answer is in the log but was not fed to the model.
+                whole_cells = session.token_count // 128 * 128
+                if session.exact_upto == whole_cells and session.persisted_upto >= session.token_count - 1:
                     return session
                 await asyncio.sleep(0.02)
 

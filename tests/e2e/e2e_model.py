@@ -19,6 +19,7 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+NO_END = {END: -100.0, START: -100.0, STOP: -100.0}  # a bias under which no answer ends by itself
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 
 

@@ -7,7 +7,7 @@ import asyncio
 import lmdb
 import pytest
 from e2e_daemon import PATIENCE, Daemons, Peer, Process, Turn, peer_of, recorded, refused
-from e2e_model import write_chat_model
+from e2e_model import NO_END, write_chat_model
 from grpc import StatusCode
 
 from sessiond.clients import AsyncClient
@@ -17,7 +17,7 @@ from sessiond.v1 import types_pb2
 # Long enough for whole cells and a tail beyond them.
 LONG = 40
 TEXTS = ["word " * 70, "And a little more", "The last question"]
-SAMPLINGS = [{}, {"temperature": 1.5, "seed": 7}]
+SAMPLINGS = [{}, {"temperature": 3.0, "seed": 7, "logit_bias": NO_END}]
 
 
 async def converse(peer: Peer, session: str, texts: list[str], **options) -> list[Turn]:
