@@ -35,8 +35,8 @@ from _daemon import DaemonProcess
 from _turns import prose, run_turn, token_ms, wait_settled
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
 
 from sessiond import modelstore
 from sessiond.clients import Client

@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from sessiond.cache import KEY_GRANULE, PackedSpan
 
 NAME = "sessiond"
+# Up to so many scores all head groups are masked and normalized in one call; beyond, one group stays in cache better.
+SMALL_SCORES = 1 << 18
 
 
 @dataclass(slots=True)
@@ -58,13 +60,18 @@ def attend(query: Tensor, span: PackedSpan, layer: int, scaling: float, window: 
 
     grouped = (query * scaling).reshape(n_groups, rows, head_dim)
     out = torch.empty_like(grouped)
-    for group in range(n_groups):
-        scores = scratch.take("scores", rows, last - first, query)
-        torch.mm(grouped[group], keys[group, first:last].t(), out=scores)
-        scores.view(-1, n_new, last - first)[..., open_end - first :].masked_fill_(mask, float("-inf"))
-        weights = scratch.take("weights", rows, last - first, query)
+    width = last - first
+    at_once = n_groups if n_groups * rows * width <= SMALL_SCORES else 1
+    for group in range(0, n_groups, at_once):
+        together = range(group, group + at_once)
+        scores = scratch.take("scores", at_once * rows, width, query)
+        for i, g in enumerate(together):
+            torch.mm(grouped[g], keys[g, first:last].t(), out=scores[i * rows : (i + 1) * rows])
+        scores.view(-1, n_new, width)[..., open_end - first :].masked_fill_(mask, float("-inf"))
+        weights = scratch.take("weights", at_once * rows, width, query)
         torch.softmax(scores, -1, out=weights)
-        torch.mm(weights, values[group, first:last], out=out[group])
+        for i, g in enumerate(together):
+            torch.mm(weights[i * rows : (i + 1) * rows], values[g, first:last], out=out[g])
     return out.view(n_heads, n_new, head_dim).transpose(0, 1)
 
 

@@ -149,7 +149,7 @@ class Sessions:
         page_size: int,
         page_token: str,
     ) -> tuple[list[SessionView], str]:
-        """One page, oldest first, and the token of the next page (empty at the end)."""
+        """One page, newest first, and the token of the next page (empty at the end)."""
         size = min(page_size or 100, 1000)
         after = _parse_page_token(page_token)
         found: list[Listed] = await self.desk.in_sql(

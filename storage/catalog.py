@@ -89,13 +89,13 @@ class Catalog:
         page_size: int = 100,
         after: Listed | None = None,
     ) -> list[Listed]:
-        """One page in the stable order (created_us, session_id) of sessions that have all `labels`."""
+        """One page of sessions that have all `labels`, newest first: falling (created_us, session_id)."""
         table = sessions.c
         query = sa.select(table.created_us, table.session_id).where(table.tenant == tenant)
         if state is not None:
             query = query.where(table.state == state)
         if after is not None:
-            query = query.where(sa.tuple_(table.created_us, table.session_id) > sa.tuple_(*map(sa.literal, after)))
+            query = query.where(sa.tuple_(table.created_us, table.session_id) < sa.tuple_(*map(sa.literal, after)))
         for key, value in (labels or {}).items():
             label = session_labels.c
             query = query.where(
@@ -104,7 +104,7 @@ class Catalog:
                     label.key == key, label.value == value,
                 )
             )  # fmt: skip
-        query = query.order_by(table.created_us, table.session_id).limit(page_size)
+        query = query.order_by(table.created_us.desc(), table.session_id.desc()).limit(page_size)
         with self._transaction() as connection:
             return [Listed(*row) for row in connection.execute(query)]
 
