@@ -150,23 +150,23 @@ class Desk:
         return sum(live.cache.nbytes for live in list(self.lives.values()) if live.cache)
 
     async def warm(self, live: Live) -> Restoration:
-        """Bring a cold session's KV into memory. The lease must be held, the history loaded."""
-        await self._make_room(len(live.ids) * self.engine.model.shape.bytes_per_token)
+        """Bring a cold session's KV into memory. The lease must be held, the history loaded, room made."""
         live.cache, report = await self.in_pool(self.tiers.restore, live.tenant, live.chain, live.ids)
         live.persisted = live.cache.length
         live.advance(Change.WARM)
         self.restored_tokens += report.tokens_restored
         return report  # type: ignore[no-any-return]
 
-    async def _make_room(self, needed: int) -> None:
-        """Push out idle sessions, least recently used first, until `needed` bytes fit. Raises MemoryBudget."""
+    async def make_room(self, live: Live) -> None:
+        """Push out idle sessions, least recently used first, until this one fits. Raises MemoryBudget."""
+        needed = len(live.ids) * self.engine.model.shape.bytes_per_token
         budget = self.settings.memory_budget_bytes
-        idle = sorted((x for x in self.lives.values() if x.cache and not x.lease.locked()), key=lambda x: x.last_used)
-        for live in idle:
+        idle = [other for other in self.lives.values() if other.cache and not other.lease.locked()]
+        for other in sorted(idle, key=lambda other: other.last_used):
             if self.hot_bytes + needed <= budget:
                 break
-            if not live.lease.locked():  # never wait for a lease while holding one
-                await self.suspend(live)
+            if not other.lease.locked():  # never wait for a lease while holding one
+                await self.suspend(other)
         if self.hot_bytes + needed > budget:
             raise MemoryBudget(
                 f"{needed} bytes of KV do not fit: {self.hot_bytes} of {budget} are in use by running turns",

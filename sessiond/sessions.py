@@ -286,7 +286,10 @@ class Sessions:
         async with live.lease:
             record = self.record(tenant, session_id)
             live.load_history(self.desk.store.log, record.head_revision)
-            report = None if live.cache else await self.desk.warm(live)
+            report = None
+            if live.cache is None:
+                await self.desk.make_room(live)
+                report = await self.desk.warm(live)
             live.last_used = time.monotonic()
         return self._view(record), report
 

@@ -18,7 +18,7 @@ import numpy as np
 import structlog
 
 from sessiond.desk import Desk
-from sessiond.errors import SessiondError
+from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Unavailable
 from sessiond.live import Live, computed_upto, touched
 from sessiond.messages import encode_messages
 from sessiond.sampling import Sampled, Sampler, SamplingParams
@@ -127,6 +127,8 @@ class Turn:
         self._listeners: set[asyncio.Event] = set()
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
+        self._opened = plan.attachment != "started"
+        self._submitted = self._stopping = False
         self._told: SessiondError | None = None
         self._stop_ids = desk.stop_ids | frozenset(plan.sampling.stop_token_ids)
         context = live.ids[-32:].tolist() if plan.kind == "turn" and not plan.prompt else []
@@ -176,8 +178,9 @@ class Turn:
     def stop(self, outcome: str, told: SessiondError | None = None) -> None:
         """End the turn at the next step. `outcome`: commit (as aborted), discard, or suspend (listeners are `told`)."""
         if not self.over:
-            self._outcome, self._told = outcome, told
-            self.desk.engine.cancel(self.turn_id)
+            self._outcome, self._told, self._stopping = outcome, told, True
+            if self._submitted:
+                self.desk.engine.cancel(self.turn_id)
 
     async def done(self) -> None:
         """Wait until the turn has committed, failed or been suspended, and released the lease."""
@@ -224,11 +227,15 @@ class Turn:
 
     async def _start(self) -> None:
         plan, live = self.plan, self.live
-        opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
         if live.cache is None and plan.kind != "append":
-            self.restored = await self.desk.warm(live)
-        if opening is not None:
-            await opening
+            await self.desk.make_room(live)  # may refuse the turn, which then has used up no request_id
+        opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
+        try:
+            if live.cache is None and plan.kind != "append":
+                self.restored = await self.desk.warm(live)
+        finally:
+            if opening is not None:
+                await opening
         if plan.kind == "append":
             self._accept(new=len(plan.prompt), reused=len(live.ids))
             self._ended.set_result(Ended(self.turn_id, FinishReason.STOP))
@@ -259,7 +266,11 @@ class Turn:
             if not (self.restored.tokens_restored or self.restored.recomputed):
                 self.restored = None  # there was nothing to restore
         self._accept(new=computed, reused=len(tokens) - computed)
-        self.desk.engine.submit(work)
+        if self._stopping:
+            self._ended.set_result(Ended(self.turn_id, FinishReason.ABORTED))
+        else:
+            self._submitted = True
+            self.desk.engine.submit(work)
 
     def _accept(self, new: int, reused: int) -> None:
         self.accepted = Accepted(
@@ -287,6 +298,7 @@ class Turn:
             return batch
 
         await self.desk.edit(self.live, build)
+        self._opened = True
 
     def _explain_restoration(self, restored: Restoration, work: TurnWork) -> None:
         missing = max(0, work.known - restored.tokens_restored)
@@ -311,7 +323,11 @@ class Turn:
         batch = LogBatch()
         start = len(self.plan.prompt) + event.index
         batch.append_tokens(self.plan.record.tenant, self.turn_id, start, np.array([event.sampled.token_id], np.uint32))
-        durable = self.desk.store.log.write(batch)
+        try:
+            durable = self.desk.store.log.write(batch)
+        except SessiondError as error:
+            self._break_off(error)
+            return
         if self.desk.settings.stream_before_log:
             self._publish(tokens)
         else:
@@ -322,11 +338,14 @@ class Turn:
         error = future.exception()
         if error is None:
             self._publish(tokens)
-            return
+        else:
+            self._break_off(error if isinstance(error, SessiondError) else SessiondError(str(error)))
+
+    def _break_off(self, error: SessiondError) -> None:
+        """The log takes no more tokens: stop computing them."""
         self.desk.engine.cancel(self.turn_id)
-        failure = error if isinstance(error, Exception) else SessiondError(str(error))
         if not self._ended.done():
-            self._ended.set_result(Ended(self.turn_id, FinishReason.ABORTED, error=failure))
+            self._ended.set_result(Ended(self.turn_id, FinishReason.ABORTED, error=error))
 
     def _publish(self, tokens: Tokens) -> None:
         if not self._first_token_at:
@@ -454,10 +473,13 @@ class Turn:
         self.finished = NOTHING
 
     async def _fail(self, error: SessiondError) -> None:
-        """Tell the client and the log. The session keeps its head."""
+        """Tell the client and the log. The session keeps its head.
+
+        Where the store failed, the request stays open: what was acknowledged is in the log, and the turn can go on.
+        """
         if self.live.cache:
             self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
-        if self.accepted is not None:
+        if self._opened and not isinstance(error, (ResourceExhausted, StoreReadOnly, Unavailable)):
             told = {"reason": error.reason, "message": error.message}
             try:
                 now = self.desk.now_us()
