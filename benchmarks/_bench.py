@@ -52,6 +52,12 @@ def alternating(repeat: int) -> bool:
     return repeat % 2 == 0
 
 
+def agreeing_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens agree before the first that differs."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def rounded(value: float) -> float:
     """Four significant digits."""
     return float(f"{value:.4g}")

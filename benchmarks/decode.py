@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from _bench import (
     Neighbours,
+    agreeing_prefix,
     alternating,
     console,
     disk_folder,
@@ -68,12 +69,6 @@ class Pairs:
     def agreeing(self) -> list[int]:
         """Greedy tokens that agree before the first that differs."""
         return [agreeing_prefix(a.token_ids, b.token_ids) for a, b in zip(self.ours, self.peer, strict=True)]
-
-
-def agreeing_prefix(first: list[int], second: list[int]) -> int:
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
-    )
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]

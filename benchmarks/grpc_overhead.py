@@ -1,6 +1,6 @@
 """What gRPC adds to a short hot turn: the same turn through gRPC and in process, on one daemon. One JSON line last.
 
-The daemon lives in this process. In process means: `Conversations.generate` called on the daemon's own event loop. Through
+The daemon lives in this process. In process means: `Conversations.generate` called on its own event loop. Through
 gRPC means: a client in a process of its own, as clients are, over loopback. Two sessions with the same tokens get the
 same turns, one this way and one the other, alternately (ABBA), so that contexts stay equal pair by pair.
 """

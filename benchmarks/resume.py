@@ -41,7 +41,6 @@ from _turns import (
     SECOND_QUESTION,
     SYSTEM,
     THIRD_QUESTION,
-    Turn,
     document,
     run_turn,
     wait_settled,
@@ -141,9 +140,10 @@ def resume(prepared: Prepared, folder: Path, model: str, repeat: int, cold: bool
     if cold:
         drop_page_cache(data)
     with DaemonProcess(data, model=model) as daemon:
-        # A handle from the id alone: no RPC on the session comes before Generate.
-        session = Session(daemon.client(), types_pb2.Session(session_id=prepared.session_id))
-        session._client.server_info()  # connects
+        client = daemon.client()
+        client.wait_ready()  # connects
+        # A handle from the id alone: nothing is asked about the session before Generate.
+        session = Session(client, types_pb2.Session(session_id=prepared.session_id))
         turn = run_turn(session, THIRD_QUESTION, max_tokens=MAX_TOKENS)
     if turn.restored is None or turn.reused < prepared.restorable:
         raise RuntimeError(f"only {turn.reused} of {prepared.restorable} tokens were reused")
@@ -159,7 +159,7 @@ def prefill(prepared: Prepared, folder: Path, model: str, repeat: int, into: Rep
     ids = [*prepared.history, *prepared.prompt]
     with DaemonProcess(folder / f"computed-{repeat}", model=model) as daemon:
         session = daemon.client().create_session(token_ids=ids[:1])
-        turn: Turn = run_turn(session, token_ids=ids[1:], max_tokens=MAX_TOKENS)
+        turn = run_turn(session, token_ids=ids[1:], max_tokens=MAX_TOKENS)
     if turn.computed != len(ids):
         raise RuntimeError(f"{turn.computed} of {len(ids)} tokens were computed: not everything")
     into.prefill_ms.append(turn.ttft_ms)

@@ -16,13 +16,12 @@ from sessiond.errors import (
     BadRequest,
     QueueFull,
     RequestIdReused,
-    SessionBusy,
     SessiondError,
     SessionNotFound,
 )
 from sessiond.live import Live
 from sessiond.sampling import Sampled, SamplingParams
-from sessiond.sessions import Sessions
+from sessiond.sessions import Sessions, refuse_busy
 from sessiond.storage.records import RequestRecord
 from sessiond.turn import Accepted, Finished, Tokens, Turn, TurnEvent, discarded
 
@@ -58,10 +57,9 @@ class Conversations:
                 return
             self.sessions.refuse_draining()
             self.sessions.refuse_foreign(record)
-            if live.turn and not request.wait:
-                running = live.turn.plan.request.request_id
-                raise SessionBusy(f"turn {running} is running", retry_after=1.0, request_id=running)
             if live.turn:
+                if not request.wait:
+                    refuse_busy(live)
                 await live.turn.done()
                 continue
             if live.lease.locked():  # warming, suspending, or a turn about to start: look again in a moment

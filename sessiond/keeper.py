@@ -36,7 +36,8 @@ class Keeper:
     async def _sweep_once(self) -> None:
         due = await self.desk.in_sql(self.desk.store.catalog.due, self.desk.now_us())
         for key in due.expired:
-            await self.sessions.delete(key.tenant, key.session_id, "", purge_now=False)
+            if not self.desk.live(key.tenant, key.session_id).turn:  # a running turn moves the expiry
+                await self.sessions.delete(key.tenant, key.session_id, "", purge_now=False)
         for key in due.purgeable:
             await self.sessions.delete(key.tenant, key.session_id, "", purge_now=True)
         horizon = time.monotonic() - self.desk.settings.idle_seconds

@@ -234,11 +234,12 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Run the next piece of work: a prefill piece and a decode step, or else one cell to seal."""
         events: list[Event] = []
+        decoding = list(self.decoding)  # a turn whose first token comes now decodes in the next step
         if self.prefilling:
             events += self._guarded([self.prefilling[0]], self._prefill)
-        if self.decoding:
-            events += self._guarded(list(self.decoding), self._decode)
-        elif not events and not self.prefilling and self.sealing:
+        if decoding:
+            events += self._guarded(decoding, self._decode)
+        elif not events and not self.prefilling and not self.decoding and self.sealing:
             events += self._seal()
         self.counters.steps += 1
         return events

@@ -26,6 +26,7 @@ from sessiond.errors import (
     NotDeleted,
     RequestIdReused,
     RevisionNotFound,
+    SessionBusy,
     SessionDeleted,
     SessionExists,
     SessionNotFound,
@@ -194,8 +195,7 @@ class Sessions:
         live = self.desk.live(tenant, session_id)
         record = self.record(tenant, session_id, deleted_too=True)
         _check_etag(record, etag)
-        if live.turn:
-            live.turn.stop("discard")
+        refuse_busy(live)
         async with live.lease:
             await self.desk.unsettle(live)
             live.drop_cache()
@@ -283,6 +283,7 @@ class Sessions:
         record = self.record(tenant, session_id)
         self.refuse_foreign(record)
         live = self.desk.live(tenant, session_id)
+        refuse_busy(live)
         async with live.lease:
             record = self.record(tenant, session_id)
             live.load_history(self.desk.store.log, record.head_revision)
@@ -294,9 +295,11 @@ class Sessions:
         return self._view(record), report
 
     async def suspend(self, tenant: str, session_id: str) -> tuple[SessionView, int, int]:
-        """Push a session's KV to disk and out of memory, after its running turn if there is one."""
+        """Push a session's KV to disk and out of memory. Raises SessionBusy while a turn runs."""
         record = self.record(tenant, session_id)
-        written, freed = await self.desk.suspend(self.desk.live(tenant, session_id))
+        live = self.desk.live(tenant, session_id)
+        refuse_busy(live)
+        written, freed = await self.desk.suspend(live)
         return await self._exact_view(record), written, freed
 
     async def count_tokens(
@@ -378,6 +381,13 @@ class Sessions:
         freed: int = await self.desk.in_pool(self.desk.tiers.erase, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
         return freed
+
+
+def refuse_busy(live: Live) -> None:
+    """Raises SessionBusy while a turn runs."""
+    if live.turn:
+        running = live.turn.plan.request.request_id
+        raise SessionBusy(f"turn {running} is running", retry_after=1.0, request_id=running)
 
 
 def _session_id(tenant: str, request_id: str) -> str:

@@ -17,9 +17,9 @@ from sessiond.types import KVShape
 CAPACITY = 640
 LAYER = 1
 SCALING = 0.3
-# Largest difference from the loop in fp64, over the largest value. Measured: fp32 1.1e-6, bf16 1.6e-2 (scores and
+# Largest difference from the loop in fp64, over the largest value. Measured: fp32 7e-7, bf16 7e-3 (scores and
 # weights are rounded to bf16, 8 bits).
-TOLERANCE = {"float32": 5e-6, "bfloat16": 3e-2}
+TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2}
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, position: int, window: int | None) -> Tensor:
@@ -79,7 +79,7 @@ def test_lengths_and_windows(n_new, length, window, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("n_groups", "share", "head_dim"), itertools.product((1, 2, 3), (1, 3, 4), (8, 33, 64)), ids=str
+    ("n_groups", "share", "head_dim"), list(itertools.product((1, 2, 3), (1, 3, 4), (8, 33, 64))), ids=str
 )
 def test_heads(n_groups, share, head_dim, dtype):
     for n_new, window in ((1, None), (5, 64), (63, 100)):

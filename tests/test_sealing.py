@@ -169,7 +169,7 @@ def test_rolled_back_and_played_again(model, ids, expected):
     assert session.cell_digests() == expected
 
 
-# --- through the disk --------------------------------------------------------------------------------------------------
+# --- through the disk ----------------------------------------------------------------------------------------------
 
 
 @contextmanager

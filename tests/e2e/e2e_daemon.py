@@ -23,6 +23,7 @@ from sessiond.server import Daemon
 from sessiond.v1 import admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc, types_pb2
 
 T = TypeVar("T")
+GATES: list[Gate] = []  # those of the running test
 PATIENCE = 60.0  # seconds after which a thing that should happen counts as not happening
 
 
@@ -259,6 +260,8 @@ class Daemons:
         return await self.start(**changes)
 
     async def stop_all(self) -> None:
+        while GATES:  # a test that failed may have left turns waiting
+            GATES.pop().open()
         for daemon in list(self.running):
             await self.stop(daemon)
 
@@ -277,6 +280,7 @@ class Gate:
         self._steps = threading.Semaphore(0)
         self._open = threading.Event()
         self.waiting = threading.Event()
+        GATES.append(self)
         model.step = self._wait  # type: ignore[method-assign]
 
     def _wait(self, *args: Any) -> Any:

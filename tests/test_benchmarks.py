@@ -1,0 +1,163 @@
+"""The arithmetic of the benchmarks; what they measure takes a model and a quiet machine (docs/benchmarks.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import _bench
+
+    return _bench
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import _turns
+
+    return _turns
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import _daemon
+
+    return _daemon
+
+
+def test_spread_has_median_quartiles_and_extremes(bench: ModuleType) -> None:
+    assert bench.spread([4.0, 1.0, 3.0, 2.0, 5.0]) == {
+        "median": 3.0,
+        "q1": 2.0,
+        "q3": 4.0,
+        "min": 1.0,
+        "max": 5.0,
+        "n": 5,
+    }
+
+
+def test_spread_of_one_value_is_that_value(bench: ModuleType) -> None:
+    assert bench.spread([7.0]) == {"median": 7.0, "q1": 7.0, "q3": 7.0, "min": 7.0, "max": 7.0, "n": 1}
+
+
+def test_nothing_measured_is_an_error(bench: ModuleType) -> None:
+    with pytest.raises(ValueError, match="nothing was measured"):
+        bench.median([])
+
+
+def test_ratios_are_of_pairs(bench: ModuleType) -> None:
+    assert bench.ratios([10.0, 9.0], [5.0, 3.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="shorter"):
+        bench.ratios([1.0, 2.0], [1.0])
+
+
+def test_order_alternates(bench: ModuleType) -> None:
+    assert [bench.alternating(i) for i in range(4)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.123456, 0.1235), (12345.6, 12350.0), (2.0, 2.0), (0.0, 0.0)])
+def test_rounding_keeps_four_digits(bench: ModuleType, value: float, shown: float) -> None:
+    assert math.isclose(bench.rounded(value), shown)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "agree"),
+    [([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0), ([], [], 0)],
+)
+def test_agreeing_prefix(bench: ModuleType, first: list[int], second: list[int], agree: int) -> None:
+    assert bench.agreeing_prefix(first, second) == agree
+
+
+MOUNTS = """/dev/vda / ext4 rw 0 0
+tmpfs /tmp tmpfs rw 0 0
+/dev/vdb /tmp/disk xfs rw 0 0
+tmpfs /with\\040space tmpfs rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/someone", "ext4"),
+        ("/tmp/x", "tmpfs"),
+        ("/tmp/disk/x", "xfs"),
+        ("/tmp/diskette", "tmpfs"),
+        ("/with space/x", "tmpfs"),
+    ],
+)
+def test_file_system_of_the_innermost_mount(bench: ModuleType, path: str, kind: str) -> None:
+    assert bench.file_system(Path(path), MOUNTS) == kind
+
+
+def test_folders_for_data_are_never_in_memory(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "file_system", lambda path: "tmpfs")
+    with pytest.raises(RuntimeError, match="TMPDIR"):
+        bench.disk_folder("test-")
+
+
+def test_busy_seconds_leave_idle_and_waiting_out(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.os, "sysconf", lambda name: 100)
+    assert bench.busy_seconds("cpu  100 10 200 9999 888 5 5 80 0 0\ncpu0 1 1 1 1\n") == 4.0
+
+
+def test_last_line_is_one_json_object(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    result: dict[str, Any] = {"figure": 1.5, "spreads": {"figure": bench.spread([1.0, 2.0])}}
+    sys.stdout.write("a table\n")
+    bench.print_json(result)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == result
+
+
+def test_time_of_a_token_leaves_the_first_out(turns: ModuleType) -> None:
+    assert math.isclose(turns.token_ms([(1.0, 1), (1.2, 3), (1.5, 6)]), 100.0)
+    with pytest.raises(ValueError, match="first token"):
+        turns.token_ms([(1.0, 1)])
+
+
+@pytest.mark.parametrize(
+    ("exact", "persisted", "is_settled"),
+    [(6016, 6090, True), (6016, 6089, False), (5888, 6090, False), (6016, 6091, True)],
+)
+def test_settled_means_sealed_and_on_disk(turns: ModuleType, exact: int, persisted: int, is_settled: bool) -> None:
+    assert turns.settled(6091, exact, persisted, 128) is is_settled
+
+
+def test_prose_is_the_same_every_time_and_long(turns: ModuleType) -> None:
+    text = turns.prose()
+    assert text == turns.prose()
+    assert len(text) > 200_000
+
+
+@pytest.mark.parametrize(
+    ("line", "port"),
+    [
+        ("2026-01-01 00:00:00 [info     ] serving                        address=127.0.0.1:38835 model=smollm2", 38835),
+        ("\x1b[2mnow\x1b[0m \x1b[1mserving\x1b[0m \x1b[36maddress\x1b[0m=\x1b[35m127.0.0.1:7431\x1b[0m", 7431),
+        ('{"event": "serving", "address": "127.0.0.1:4711"}', 4711),
+        ("[info] loading address=127.0.0.1:9", 0),
+        ("", 0),
+    ],
+)
+def test_port_is_read_from_the_log(daemon: ModuleType, line: str, port: int) -> None:
+    assert daemon.port_in_log(f"starting\n{line}\n") == port
+
+
+def test_copies_leave_lock_files_behind(daemon: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "data" / "log").mkdir(parents=True)
+    for name in ("FORMAT", "lock", "log/data.mdb", "log/lock.mdb"):
+        (tmp_path / "data" / name).write_bytes(b"x")
+    copy = daemon.copy_data(tmp_path / "data", tmp_path / "copy")
+    assert sorted(str(f.relative_to(copy)) for f in copy.rglob("*") if f.is_file()) == ["FORMAT", "log/data.mdb"]
