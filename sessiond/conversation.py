@@ -112,6 +112,7 @@ class Conversations:
             await turn.run()
         finally:
             live.turn = None
+            live.reserved = 0
             live.last_used = time.monotonic()
             self.desk.settle(live)
             live.lease.release()

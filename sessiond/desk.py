@@ -147,7 +147,11 @@ class Desk:
 
     @property
     def hot_bytes(self) -> int:
-        return sum(live.cache.nbytes for live in list(self.lives.values()) if live.cache)
+        return sum(self._bytes_held(live) for live in list(self.lives.values()))
+
+    def _bytes_held(self, live: Live) -> int:
+        """Bytes of a session's KV in memory, or that its running turn may fill."""
+        return max(live.cache.nbytes if live.cache else 0, live.reserved * self.tiers.shape.bytes_per_token)
 
     async def warm(self, live: Live) -> Restoration:
         """Bring a cold session's KV into memory. The lease must be held, the history loaded, room made."""
@@ -157,9 +161,16 @@ class Desk:
         self.restored_tokens += report.tokens_restored
         return report  # type: ignore[no-any-return]
 
-    async def make_room(self, live: Live) -> None:
-        """Push out idle sessions, least recently used first, until this one fits. Raises MemoryBudget."""
-        needed = len(live.ids) * self.engine.model.shape.bytes_per_token
+    async def make_room(self, live: Live, tokens: int) -> None:
+        """Push out idle sessions, least recently used first, until this one fits with `tokens`. Raises MemoryBudget.
+
+        The room stays reserved until the turn has ended (`Live.reserved`).
+        """
+        live.reserved = 0
+        capacity = self.tiers.capacity
+        whole = live.cache is None and 2 * len(live.ids) >= capacity  # restored in huge pages
+        wanted = (capacity if whole else min(tokens, capacity)) * self.tiers.shape.bytes_per_token
+        needed = max(0, wanted - self._bytes_held(live))
         budget = self.settings.memory_budget_bytes
         idle = [other for other in self.lives.values() if other.cache and not other.lease.locked()]
         for other in sorted(idle, key=lambda other: other.last_used):
@@ -175,6 +186,7 @@ class Desk:
                 used_bytes=self.hot_bytes,
                 budget_bytes=budget,
             )
+        live.reserved = tokens
 
     async def suspend(self, live: Live) -> tuple[int, int]:
         """Persist and leave memory. Returns bytes written and freed."""

@@ -79,6 +79,7 @@ class Engine:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
+        self.model.warm_up(self._scheduler.cell_tokens)
         while True:
             while not self._inbox.empty() or self._scheduler.idle:
                 command = self._inbox.get()

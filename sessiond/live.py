@@ -29,6 +29,7 @@ class Live:
     lease: asyncio.Lock = field(default_factory=asyncio.Lock)
     state: State = State.COLD
     cache: SessionCache | None = None
+    reserved: int = 0  # positions that a running turn may fill
     head: str = ""
     chain: list[RevisionRecord] = field(default_factory=list)
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.uint32))

@@ -98,6 +98,12 @@ class Model:
     def new_cache(self) -> SessionCache:
         return SessionCache(self.shape, self.max_context)
 
+    def warm_up(self, cell_tokens: int) -> None:
+        """Run a cell, a short input and a token once: first forwards page weights in and choose kernels."""
+        cache = self.new_cache()
+        for n_tokens in (cell_tokens, 16, 1):
+            self.step([Feed(cache, [0] * n_tokens, 0)], [n_tokens - 1])
+
     @torch.inference_mode()
     def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
         """Compute all feeds in one packed forward and write their KV into their caches (whose `length` stays).

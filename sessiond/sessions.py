@@ -289,8 +289,9 @@ class Sessions:
             live.load_history(self.desk.store.log, record.head_revision)
             report = None
             if live.cache is None:
-                await self.desk.make_room(live)
+                await self.desk.make_room(live, len(live.ids))
                 report = await self.desk.warm(live)
+                live.reserved = 0
             live.last_used = time.monotonic()
         return self._view(record), report
 

@@ -31,6 +31,9 @@ from sessiond.types import FinishReason
 
 log = structlog.get_logger()
 
+# Room reserved for an answer; a longer one grows into what is free.
+EXPECTED_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
@@ -227,8 +230,9 @@ class Turn:
 
     async def _start(self) -> None:
         plan, live = self.plan, self.live
-        if live.cache is None and plan.kind != "append":
-            await self.desk.make_room(live)  # may refuse the turn, which then has used up no request_id
+        if plan.kind != "append":  # may refuse the turn, which then has used up no request_id
+            expected = min(plan.sampling.max_tokens or EXPECTED_TOKENS, EXPECTED_TOKENS)
+            await self.desk.make_room(live, len(live.ids) + len(plan.prompt) + expected)
         opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
         try:
             if live.cache is None and plan.kind != "append":

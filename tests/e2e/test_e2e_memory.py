@@ -9,8 +9,8 @@ import pytest
 from e2e_daemon import PATIENCE, Daemons, Gate, Peer, everything, peer_of, recorded, refused
 from grpc import StatusCode
 
+from sessiond.v1 import admin_pb2, types_pb2
 from sessiond.v1 import sessions_pb2 as pb
-from sessiond.v1 import types_pb2
 
 KV_BYTES = 2 * 2 * 2 * 8 * 4  # K and V, layers, KV heads, head size, float32
 LONG_TEXT = "word " * 60
@@ -120,7 +120,7 @@ class TestWarmAndSuspend:
 
 
 class TestTheBudget:
-    TEXT = "word " * 180  # 900 tokens, 115 KB of KV each; the smallest budget is 1 MiB
+    TEXT = "word " * 180  # 900 tokens and 236 KB of KV: four fit into the smallest budget, 1 MiB
 
     @pytest.fixture
     async def daemon(self, daemons: Daemons):
@@ -131,7 +131,7 @@ class TestTheBudget:
         counts = {}
         for session in sessions:
             counts[session] = (await peer.turn(session, self.TEXT, max_tokens=2)).finished.committed_tokens
-            stats = await peer.call(peer.admin.GetStats, stats_request())
+            stats = await peer.call(peer.admin.GetStats, admin_pb2.GetStatsRequest())
             assert sum(stats.memory_bytes_by_tier.values()) <= 1 << 20
         tiers = [(await peer.get(session)).tier for session in sessions]
         n_hot = tiers.count(types_pb2.TIER_HOT)
@@ -143,16 +143,15 @@ class TestTheBudget:
         assert then.accepted.prompt_tokens_reused == counts[sessions[0]] - 1
 
     async def test_refuses_what_does_not_fit_beside_running_turns(self, peer: Peer, daemon):
-        sessions = [(await peer.create(system=f"Number {i}.")).session_id for i in range(9)]
+        sessions = [(await peer.create(system=f"Number {i}.")).session_id for i in range(4)]
         for session in sessions:
             await peer.turn(session, self.TEXT, max_tokens=2)
+            await peer.suspend(session)
         last = await peer.create(token_ids=[10] * 1000)
-        await peer.suspend(sessions[0])
         gate = Gate(daemon)
-        streams = []
-        for session in sessions[1:]:
-            streams.append(peer.open(session, "And?", max_tokens=2))
-            await streams[-1].read(lambda turn: "accepted" in turn.kinds)
+        streams = [peer.open(session, "And?", max_tokens=2) for session in sessions]
+        for stream in streams:
+            assert (await stream.read(lambda turn: "accepted" in turn.kinds)).error is None
         before = await everything(peer, last.session_id)
         with refused("MEMORY_BUDGET", StatusCode.RESOURCE_EXHAUSTED) as error:
             await peer.turn(last.session_id, token_ids=[1], max_tokens=2, request_id="turn-1")
@@ -165,12 +164,6 @@ class TestTheBudget:
         # Nothing of the refused turn is left, and there is room now.
         turn = await peer.turn(last.session_id, token_ids=[1], max_tokens=2, request_id="turn-1")
         assert turn.accepted.attachment == pb.ATTACHMENT_STARTED
-
-
-def stats_request():
-    from sessiond.v1 import admin_pb2
-
-    return admin_pb2.GetStatsRequest()
 
 
 class TestTime:
