@@ -43,8 +43,6 @@ class SessionsService(SessionsServicer):
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
         labels, state, hot = wire.parse_filter(request.filter)
-        if request.page_size < 0:
-            raise BadRequest("page_size must not be negative", field="page_size")
         if state is None and not request.show_deleted:
             state = "active"
         views, token = await self.sessions.page(

@@ -23,6 +23,7 @@ from sessiond.errors import (
     EtagMismatch,
     IdentityMismatch,
     InvalidPageToken,
+    ModelMissing,
     NotDeleted,
     RequestIdReused,
     RevisionNotFound,
@@ -61,9 +62,9 @@ class Sessions:
         """Commit a root revision. The same request_id again returns the session it made."""
         self.refuse_draining()
         if new.model and new.model not in self.model_names:
-            raise IdentityMismatch(f"this daemon serves {self.model_name}, not {new.model}", field="model")
+            raise ModelMissing(f"this daemon serves {self.model_name}, not {new.model}", model=new.model)
         if new.adapter:
-            raise IdentityMismatch("this daemon serves no adapters", field="adapter")
+            raise ModelMissing("this daemon serves no adapters", adapter=new.adapter)
         registry.parse(*new.policy)
         if new.messages and new.token_ids is not None:
             raise BadRequest("a session starts with messages or token_ids, not both", field="token_ids")
@@ -151,8 +152,9 @@ class Sessions:
         page_token: str,
     ) -> tuple[list[SessionView], str]:
         """One page, newest first, and the token of the next page (empty at the end)."""
-        size = min(page_size or 100, 1000)
-        after = _parse_page_token(page_token)
+        size = _page_size(page_size)
+        query = repr((tenant, sorted(labels.items()), state, hot))
+        after = _parse_page_token(page_token, query) if page_token else None
         found: list[Listed] = await self.desk.in_sql(
             lambda: self.desk.store.catalog.list_sessions(
                 tenant, labels=labels, state=state, page_size=size, after=after
@@ -166,8 +168,7 @@ class Sessions:
                 continue  # purged since the index was read
             if hot is None or view.hot == hot:
                 views.append(view)
-        token = f"{found[-1].created_us}:{found[-1].session_id}" if len(found) == size else ""
-        return views, token
+        return views, _page_token(found[-1], query) if len(found) == size else ""
 
     async def update(self, tenant: str, session_id: str, etag: str, changes: dict[str, Any]) -> SessionView:
         """Set `labels`, `policy`, `ttl_us` or `expire_us`. Raises EtagMismatch if `etag` is given and old."""
@@ -257,7 +258,7 @@ class Sessions:
             start = next((i + 1 for i, r in enumerate(found) if r.revision_id == page_token), -1)
             if start < 0:
                 raise InvalidPageToken(f"page_token {page_token!r} is not one of this session's")
-        size = min(page_size or 100, 1000)
+        size = _page_size(page_size)
         page = found[start : start + size]
         exact = (await self._exact_view(record)).exact_upto
         views = [self._revision_view(revision, exact) for revision in page]
@@ -403,10 +404,23 @@ def _check_etag(record: SessionRecord, etag: str) -> None:
         raise EtagMismatch(f"the session changed: etag is {record.generation}, not {etag}", etag=record.generation)
 
 
-def _parse_page_token(token: str) -> Listed | None:
-    if not token:
-        return None
-    created, _, session_id = token.partition(":")
-    if not created.isdigit() or not session_id:
-        raise InvalidPageToken(f"page_token {token!r} was not issued by ListSessions")
-    return Listed(created_us=int(created), session_id=session_id)
+def _page_size(asked: int) -> int:
+    """Raises BadRequest."""
+    if asked < 0:
+        raise BadRequest("page_size must not be negative", field="page_size")
+    return min(asked or 100, 1000)
+
+
+def _page_token(last: Listed, query: str) -> str:
+    """Where a page ended, with a digest that ties it to its query."""
+    place = f"{last.created_us}:{last.session_id}"
+    return f"{place}:{blake3(f'{query}:{place}'.encode()).hexdigest(8)}"
+
+
+def _parse_page_token(token: str, query: str) -> Listed:
+    created, _, rest = token.partition(":")
+    session_id = rest.partition(":")[0]
+    place = Listed(int(created) if created.isascii() and created.isdigit() else 0, session_id)
+    if _page_token(place, query) != token:
+        raise InvalidPageToken("page_token was not issued by ListSessions for this query")
+    return place

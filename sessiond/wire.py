@@ -331,24 +331,28 @@ def _finished(event: Finished) -> pb.Finished:
 
 
 _CLAUSE = re.compile(
-    r'\s*(?:labels\.(?P<label>[\w./-]+)\s*=\s*"(?P<value>[^"]*)"|(?P<field>state|tier)\s*=\s*(?P<word>\w+))\s*'
+    r'\s*(?:labels\.(?P<label>[^\s="]+)\s*=\s*"(?P<value>(?:[^"\\]|\\["\\])*)"'
+    r"|(?P<field>state|tier)\s*=\s*(?P<word>[A-Z]+))\s*"
 )
+_WORDS = {"state": ("ACTIVE", "DELETED"), "tier": ("HOT", "WARM", "COLD")}
 
 
 def parse_filter(text: str) -> tuple[dict[str, str], str | None, bool | None]:
     """(labels, state, hot) of `labels.KEY = "VALUE" AND state = ACTIVE AND tier = HOT`. Raises BadRequest."""
-    labels: dict[str, str] = {}
-    state: str | None = None
-    hot: bool | None = None
-    for clause in re.split(r"\bAND\b", text) if text.strip() else []:
-        match = _CLAUSE.fullmatch(clause)
-        word = match["word"].upper() if match and match["word"] else ""
-        if match and match["label"]:
-            labels[match["label"]] = match["value"]
-        elif match and match["field"] == "state" and word in ("ACTIVE", "DELETED"):
-            state = word.lower()
-        elif match and match["field"] == "tier" and word in ("HOT", "COLD", "WARM"):
-            hot = word == "HOT"
-        else:
-            raise BadRequest(f"filter clause {clause.strip()!r} is not understood", field="filter")
-    return labels, state, hot
+    found: dict[str, str] = {}
+    at = 0
+    while text.strip():
+        match = _CLAUSE.match(text, at)
+        name = (match["field"] or f"labels.{match['label']}") if match else ""
+        if not match or name in found or (match["field"] and match["word"] not in _WORDS[name]):
+            raise BadRequest(f"filter is not understood at {text[at : at + 40]!r}", field="filter")
+        found[name] = match["word"] or re.sub(r"\\(.)", r"\1", match["value"])
+        at = match.end()
+        if at == len(text):
+            break
+        if not text.startswith("AND", at):
+            raise BadRequest(f"filter is not understood at {text[at : at + 40]!r}", field="filter")
+        at += len("AND")
+    labels = {name.removeprefix("labels."): value for name, value in found.items() if name not in _WORDS}
+    state = found["state"].lower() if "state" in found else None
+    return labels, state, found["tier"] == "HOT" if "tier" in found else None

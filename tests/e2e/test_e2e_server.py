@@ -1,0 +1,392 @@
+"""The server around the sessions: what it says of itself, who may connect, and how it goes down."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from e2e_daemon import PATIENCE, Daemons, Gate, Peer, peer_of, refused
+from e2e_model import CONTEXT
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from sessiond.errors import InvalidConfig, UnsafeAddress
+from sessiond.v1 import admin_pb2
+from sessiond.v1 import sessions_pb2 as pb
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def health(peer: Peer, service: str = "") -> int:
+    stub = health_pb2_grpc.HealthStub(peer.channel)
+    return (await stub.Check(health_pb2.HealthCheckRequest(service=service))).status
+
+
+class TestWhatALaterVersionWillServe:
+    @pytest.mark.parametrize(
+        ("service", "method", "request_"),
+        [
+            ("sessions", "ForkSession", pb.ForkSessionRequest(session_id="x")),
+            ("sessions", "RollbackSession", pb.RollbackSessionRequest(session_id="x", revision_id="y")),
+            ("sessions", "ExplainTurn", pb.ExplainTurnRequest(session_id="x")),
+            ("sessions", "ExportSession", pb.ExportSessionRequest(session_id="x")),
+            ("sessions", "ImportSession", iter([pb.ImportSessionRequest()])),
+            ("admin", "WatchStats", admin_pb2.WatchStatsRequest()),
+            ("admin", "VerifyStore", admin_pb2.VerifyStoreRequest()),
+            ("admin", "CompactStore", admin_pb2.CompactStoreRequest()),
+            ("admin", "DrainServer", admin_pb2.DrainServerRequest()),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    async def test_says_so(self, peer: Peer, service: str, method: str, request_):
+        from sessiond.clients.errors import from_rpc_error
+
+        call = getattr(getattr(peer, service), method)(request_)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            if isinstance(call, grpc.aio.UnaryStreamCall):
+                await call.read()
+            else:
+                await call
+        error = from_rpc_error(caught.value)
+        assert (error.reason, error.code) == ("NOT_IMPLEMENTED_YET", StatusCode.UNIMPLEMENTED)
+
+
+class TestWhatItSaysOfItself:
+    async def test_it_is_healthy(self, peer: Peer):
+        for service in ("", "sessiond.v1.Sessions", "sessiond.v1.Admin"):
+            assert await health(peer, service) == SERVING
+
+    async def test_reflection_names_the_services(self, peer: Peer):
+        stub = reflection_pb2_grpc.ServerReflectionStub(peer.channel)
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = [answer async for answer in stub.ServerReflectionInfo(iter([request]))]
+        names = {service.name for service in answers[0].list_services_response.service}
+        assert {"sessiond.v1.Sessions", "sessiond.v1.Admin", "grpc.health.v1.Health"} <= names
+
+    async def test_reflection_can_be_turned_off(self, daemons: Daemons):
+        daemon = await daemons.start(reflection=False)
+        async with peer_of(daemon.port) as peer:
+            stub = reflection_pb2_grpc.ServerReflectionStub(peer.channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest()])).read()
+            assert caught.value.code() is StatusCode.UNIMPLEMENTED
+
+    async def test_its_info(self, peer: Peer, chat_model: Path, settings):
+        info = await peer.call(peer.admin.GetServerInfo, admin_pb2.GetServerInfoRequest())
+        assert info.version == importlib.metadata.version("sessiond")
+        assert info.model == chat_model.name
+        assert info.state == admin_pb2.SERVER_STATE_SERVING
+        assert info.cell_tokens == 128
+        assert info.max_context_tokens == CONTEXT
+        assert info.data_directory == str(settings["data_dir"])
+        assert "full" in info.policies
+        assert info.identity.identity_id
+        assert {"weights", "tokenizer"} <= set(info.identity.fields)
+        assert info.numerics_profile.fields["threads"] == "1"
+        assert info.kernels["attention"]
+        assert info.HasField("start_time")
+
+    async def test_its_identity_is_that_of_the_model_not_of_the_run(self, daemons: Daemons, daemon, settings):
+        async with peer_of(daemon.port) as peer:
+            first = await peer.call(peer.admin.GetServerInfo, admin_pb2.GetServerInfoRequest())
+        other = await daemons.start(data_dir=settings["data_dir"].with_name("other"))
+        async with peer_of(other.port) as peer:
+            second = await peer.call(peer.admin.GetServerInfo, admin_pb2.GetServerInfoRequest())
+        assert first.identity == second.identity
+
+    async def test_its_stats_count_what_was_done(self, peer: Peer, daemon):
+        async def stats() -> admin_pb2.GetStatsResponse:
+            return await peer.call(peer.admin.GetStats, admin_pb2.GetStatsRequest())
+
+        fresh = await stats()
+        assert sum(fresh.sessions_by_tier.values()) == 0
+        session = (await peer.create(system="Be brief.")).session_id
+        cold = await peer.create(system="Be brief.")
+        gone = await peer.create(system="Be brief.")
+        await peer.delete(gone.session_id)
+        turn = await peer.turn(session, "word " * 60, max_tokens=8)
+        settled = await peer.settled(session)
+        now = await stats()
+        assert dict(now.sessions_by_tier) == {"hot": 1, "cold": 1}
+        assert now.sessions_deleted == 1
+        assert (now.turns_running, now.turns_queued, now.turns_suspended) == (0, 0, 0)
+        assert now.memory_bytes_by_tier["device"] == settled.bytes_hot
+        assert now.memory_budget_bytes_by_tier["device"] == daemon.settings.memory_budget_bytes
+        assert now.tokens.prefilled >= turn.accepted.prompt_tokens_new
+        assert now.tokens.decoded + 1 >= 8
+        assert now.tokens.sealed + now.tokens.prefilled >= settled.exact_upto
+        assert now.disk.kv_raw_bytes > 0
+        assert now.disk.kv_coded_bytes > 0
+        assert now.disk.log_file_bytes > 0
+        assert now.disk.free_bytes > 0
+        assert now.HasField("uptime")
+        await peer.suspend(session)
+        await peer.turn(session, "And?", max_tokens=2)
+        assert (await stats()).tokens.restored == settled.token_count - 1
+        assert cold.session_id
+
+    async def test_a_running_turn_is_not_counted_as_suspended(self, peer: Peer, daemon):
+        session = (await peer.create(system="Be brief.")).session_id
+        gate = Gate(daemon)
+        stream = peer.open(session, "Tell me", max_tokens=2)
+        await gate.reached()
+        stats = await peer.call(peer.admin.GetStats, admin_pb2.GetStatsRequest())
+        assert (stats.turns_running, stats.turns_suspended) == (1, 0)
+        gate.open()
+        await stream.read()
+
+
+class TestGoingDown:
+    async def test_sigterm_lets_the_running_turn_end(self, spawn):
+        process = spawn()
+        async with peer_of(process.port) as peer:
+            session = (await peer.create(system="Be brief.")).session_id
+            other = (await peer.create(system="Be brief.")).session_id
+            process.hold(3)
+            stream = peer.open(session, "Tell me", max_tokens=10, request_id="turn-1")
+            await stream.read_tokens(2)
+            process.terminate()
+            async with asyncio.timeout(PATIENCE):
+                while await health(peer) != NOT_SERVING:
+                    await asyncio.sleep(0.02)
+            assert await health(peer, "sessiond.v1.Sessions") == NOT_SERVING
+            for attempt in (
+                peer.turn(other, "Tell me", max_tokens=2),
+                peer.create(system="Be brief."),
+                peer.warm(other),
+            ):
+                with refused("DRAINING", StatusCode.UNAVAILABLE) as error:
+                    await attempt
+                assert error.value.retry_after
+            info = await peer.call(peer.admin.GetServerInfo, admin_pb2.GetServerInfoRequest())
+            assert info.state == admin_pb2.SERVER_STATE_DRAINING
+            # Who asks for the running turn still gets it.
+            joined = peer.open(session, "Tell me", max_tokens=10, request_id="turn-1")
+            await joined.read_tokens(2)
+            process.release()
+            turn = await stream.read()
+            assert turn.error is None
+            assert len(turn.ids) == 10
+            assert (await joined.read()).ids == turn.ids
+        assert await process.exit_code() == 0
+        process = spawn()
+        async with peer_of(process.port) as peer:
+            then = await peer.turn(session, "And?", max_tokens=2)
+            assert then.restored.tokens_recomputed == 0
+            with pytest.raises(Exception, match="SESSION_NOT_FOUND"):
+                await peer.get("0" * 32)
+
+    async def test_a_turn_that_takes_too_long_is_suspended_and_its_client_told_to_come_back(self, daemons: Daemons):
+        daemon = await daemons.start(drain_seconds=0.1)
+        async with peer_of(daemon.port) as peer:
+            whole = await peer.turn((await peer.create(system="Be brief.")).session_id, "Tell me", max_tokens=20)
+            session = (await peer.create(system="Be brief.")).session_id
+            gate = Gate(daemon)
+            gate.let(5)
+            stream = peer.open(session, "Tell me", max_tokens=20, request_id="turn-1")
+            await stream.read_tokens(4)
+            stopping = asyncio.create_task(daemons.stop(daemon))
+            await asyncio.sleep(0.3)
+            gate.let(1)
+            first = await stream.read()
+            gate.open()
+            assert first.error is not None
+            assert first.error.code is StatusCode.UNAVAILABLE
+            await stopping
+        daemon = await daemons.start()
+        async with peer_of(daemon.port) as peer:
+            assert (await peer.get(session)).suspended_request_id == "turn-1"
+            rest = await peer.turn(
+                session, "Tell me", max_tokens=20, request_id="turn-1", resume_after_tokens=len(first.ids)
+            )
+            assert first.ids + rest.ids == whole.ids
+
+    async def test_the_command_line_serves_until_sigterm(self, chat_model: Path, tmp_path: Path):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = ["--model", str(chat_model), "--data-dir", str(tmp_path / "data"), "--listen", f"127.0.0.1:{port}"]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sessiond.cli", "serve", *arguments], stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            async with peer_of(port) as peer:
+                async with asyncio.timeout(PATIENCE):
+                    while process.poll() is None:
+                        try:
+                            assert await health(peer) == SERVING
+                            break
+                        except grpc.aio.AioRpcError:
+                            await asyncio.sleep(0.1)
+                session = (await peer.create(system="Be brief.")).session_id
+                assert len((await peer.turn(session, "Tell me", max_tokens=3)).ids) == 3
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, PATIENCE) == 0
+        finally:
+            process.kill()
+            process.wait()
+
+
+class TestFailure:
+    async def test_a_failing_step_ends_its_turn_with_failed_and_leaves_the_session(self, peer: Peer, daemon):
+        session = await peer.create(system="Be brief.")
+        whole = await peer.turn((await peer.create(system="Be brief.")).session_id, "Tell me", max_tokens=6)
+        model = daemon.desk.engine.model
+        step = model.step
+        calls = 0
+
+        def failing(*args):
+            nonlocal calls
+            calls += 1
+            if calls > 3:
+                raise RuntimeError("the step failed")
+            return step(*args)
+
+        model.step = failing
+        turn = await peer.open(session.session_id, "Tell me", max_tokens=6, request_id="turn-1").read()
+        model.step = step
+        assert turn.kinds[0] == "accepted"
+        assert turn.kinds[-1] == "failed"
+        assert turn.error is not None
+        assert turn.error.code is StatusCode.INTERNAL
+        assert turn.events[-1].failed.status.code == StatusCode.INTERNAL.value[0]
+        now = await peer.get(session.session_id)
+        assert now.head_revision_id == session.head_revision_id
+        assert (now.running_request_id, now.suspended_request_id) == ("", "")
+        assert (await peer.turn(session.session_id, "Tell me", max_tokens=6, request_id="turn-2")).ids == whole.ids
+
+    async def test_a_failed_turn_replays_its_failure(self, peer: Peer, daemon):
+        session = (await peer.create(system="Be brief.")).session_id
+        model = daemon.desk.engine.model
+        step = model.step
+        model.step = lambda *args: 1 / 0
+        first = await peer.open(session, "Tell me", max_tokens=6, request_id="turn-1").read()
+        model.step = step
+        again = await peer.open(session, "Tell me", max_tokens=6, request_id="turn-1").read()
+        assert first.error is not None
+        assert again.error is not None
+        assert (again.error.reason, again.error.code) == (first.error.reason, first.error.code)
+        assert "finished" not in again.kinds
+
+    async def test_a_bug_tells_the_caller_nothing_of_the_inside(self, peer: Peer, daemon, monkeypatch):
+        def broken(*args, **kwargs):
+            raise ZeroDivisionError("a secret of the inside")
+
+        monkeypatch.setattr(daemon.sessions, "get", broken)
+        with refused("INTERNAL", StatusCode.INTERNAL) as error:
+            await peer.get("0" * 32)
+        assert "secret" not in error.value.message
+
+
+def openssl(*arguments: str, cwd: Path) -> None:
+    subprocess.run(["openssl", *arguments], cwd=cwd, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ca, server, alice and stranger (of another CA), each .crt and .key."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for ca in ("ca", "other-ca"):
+        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
+                "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}", cwd=folder)  # fmt: skip
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for name, ca in (("server", "ca"), ("alice", "ca"), ("stranger", "other-ca")):
+        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}", cwd=folder)  # fmt: skip
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial",
+                "-days", "2", "-extfile", "names", "-out", f"{name}.crt", cwd=folder)  # fmt: skip
+    return folder
+
+
+def credentials(folder: Path, name: str = "") -> grpc.ChannelCredentials:
+    roots = (folder / "ca.crt").read_bytes()
+    if not name:
+        return grpc.ssl_channel_credentials(roots)
+    return grpc.ssl_channel_credentials(roots, (folder / f"{name}.key").read_bytes(), (folder / f"{name}.crt").read_bytes())
+
+
+class TestWhoMayConnect:
+    @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.invalid:0"])
+    async def test_beyond_loopback_without_tls_is_refused(self, daemons: Daemons, settings, address: str):
+        with pytest.raises(UnsafeAddress) as caught:
+            await daemons.start(listen=address)
+        assert caught.value.reason == "UNSAFE_ADDRESS"
+        assert not settings["data_dir"].exists(), "refused before anything is made"
+
+    async def test_beyond_loopback_is_possible_for_who_insists(self, daemons: Daemons):
+        daemon = await daemons.start(listen="0.0.0.0:0", insecure_allow_remote=True)
+        async with peer_of(daemon.port) as peer:
+            assert await health(peer) == SERVING
+            # Reflection is off by default there.
+            stub = reflection_pb2_grpc.ServerReflectionStub(peer.channel)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest()])).read()
+            assert caught.value.code() is StatusCode.UNIMPLEMENTED
+
+    async def test_an_address_in_use_is_refused_by_name(self, daemons: Daemons, settings):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(UnsafeAddress) as caught:
+                await daemons.start(listen=f"127.0.0.1:{port}")
+            assert str(port) in caught.value.message
+        # Nothing stayed open.
+        await daemons.start()
+
+    async def test_tls(self, daemons: Daemons, certificates: Path):
+        daemon = await daemons.start(tls_cert=certificates / "server.crt", tls_key=certificates / "server.key")
+        async with peer_of(daemon.port, credentials=credentials(certificates)) as peer:
+            assert (await peer.create(system="Be brief.")).tenant == "default"
+        async with peer_of(daemon.port) as plain:
+            with pytest.raises(Exception, match="UNAVAILABLE"):
+                await plain.create(system="Be brief.")
+
+    async def test_with_mutual_tls_the_tenant_is_the_certificates_name(self, daemons: Daemons, certificates: Path):
+        daemon = await daemons.start(
+            tls_cert=certificates / "server.crt",
+            tls_key=certificates / "server.key",
+            tls_client_ca=certificates / "ca.crt",
+            trust_tenant_metadata=True,
+        )
+        async with peer_of(daemon.port, credentials=credentials(certificates, "alice"), tenant="bob") as peer:
+            assert (await peer.create(system="Be brief.")).tenant == "alice"
+        for name in ("", "stranger"):
+            async with peer_of(daemon.port, credentials=credentials(certificates, name)) as peer:
+                with pytest.raises(Exception, match="UNAVAILABLE"):
+                    await peer.create(system="Be brief.")
+
+    async def test_tls_allows_addresses_beyond_loopback(self, daemons: Daemons, certificates: Path):
+        daemon = await daemons.start(
+            listen="0.0.0.0:0", tls_cert=certificates / "server.crt", tls_key=certificates / "server.key"
+        )
+        async with peer_of(daemon.port, credentials=credentials(certificates)) as peer:
+            assert await health(peer) == SERVING
+
+    @pytest.mark.parametrize("given", [("tls_cert",), ("tls_key",), ("tls_client_ca",), ("tls_cert", "tls_client_ca")])
+    async def test_half_of_tls_is_refused(self, daemons: Daemons, certificates: Path, given):
+        names = {"tls_cert": "server.crt", "tls_key": "server.key", "tls_client_ca": "ca.crt"}
+        with pytest.raises(InvalidConfig):
+            await daemons.start(**{name: certificates / names[name] for name in given})
+
+    async def test_certificates_that_are_not_there_or_not_certificates_are_refused(
+        self, daemons: Daemons, certificates: Path, tmp_path: Path
+    ):
+        with pytest.raises(InvalidConfig):
+            await daemons.start(tls_cert=tmp_path / "none.crt", tls_key=certificates / "server.key")
+        rubbish = tmp_path / "rubbish.crt"
+        rubbish.write_text("no certificate")
+        with pytest.raises((InvalidConfig, UnsafeAddress)):
+            await daemons.start(tls_cert=rubbish, tls_key=certificates / "server.key")
+        assert os.listdir(tmp_path)
