@@ -92,6 +92,8 @@ class Desk:
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
             if isinstance(event, CellSealed):
+                if event.error is not None:
+                    log.error("sealing stopped", session=event.owner, error=str(event.error))
                 waiting = self._sealed.get(event.owner)
                 if waiting and event.index < 0 and not waiting.done():
                     waiting.set_result(None)
