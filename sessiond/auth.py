@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from sessiond.config import Settings, read_auth_tokens
@@ -30,9 +31,7 @@ class Principals:
         """Raises Unauthenticated when credentials are required and missing or wrong."""
         metadata = dict(context.invocation_metadata() or ())
         if self._mtls:
-            names = context.auth_context().get("x509_common_name") or []
-            if names:
-                return str(names[0].decode("utf-8"))
+            return _of_certificate(context.auth_context().get("x509_common_name") or [])
         if self._tokens:
             return self._of_token(str(metadata.get("authorization", "")))
         if self._trust_metadata and "sessiond-tenant" in metadata:
@@ -43,7 +42,8 @@ class Principals:
         return DEFAULT_TENANT
 
     def _of_token(self, header: str) -> str:
-        given = header.removeprefix("Bearer ").encode("utf-8")
+        scheme, _, secret = header.partition(" ")
+        given = secret.encode("utf-8") if scheme.lower() == "bearer" else b""
         found = ""
         for token, tenant in self._tokens.items():  # every one is compared: no answer by timing
             if hmac.compare_digest(token.encode("utf-8"), given):
@@ -51,3 +51,14 @@ class Principals:
         if not found:
             raise Unauthenticated("a valid bearer token is required")
         return found
+
+
+def _of_certificate(names: Sequence[bytes]) -> str:
+    """The common name, as the tenant it must be able to be. Raises Unauthenticated."""
+    try:
+        name = names[0].decode("utf-8") if names else ""
+    except UnicodeDecodeError:
+        name = ""
+    if not 1 <= len(name.encode("utf-8")) <= 128:
+        raise Unauthenticated("the client certificate has no usable common name")
+    return name

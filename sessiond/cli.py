@@ -16,3 +16,7 @@ def main() -> None:
     from sessiond.cli_app import app
 
     app()
+
+
+if __name__ == "__main__":
+    main()

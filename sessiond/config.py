@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 from pathlib import Path
@@ -50,16 +51,28 @@ class Settings(BaseSettings):
 
     # What it keeps in memory, and for how long.
     memory_budget_bytes: int = Field(8 * GIB, ge=1 << 20, description="KV in RAM; idle sessions leave beyond it.")
-    idle_seconds: float = Field(600.0, gt=0, description="An idle session leaves memory after this.")
+    idle_seconds: float = Field(
+        600.0, gt=0, allow_inf_nan=False, description="An idle session leaves memory after this."
+    )
     max_queued_turns: int = Field(256, ge=1)
 
     # Turns and their durability.
-    detached_turn_seconds: float = Field(60.0, ge=0, description="A turn nobody listens to runs on for this.")
+    detached_turn_seconds: float = Field(
+        60.0, ge=0, allow_inf_nan=False, description="A turn nobody listens to runs on for this."
+    )
     stream_before_log: bool = Field(False, description="Stream tokens before they are durable, at your risk.")
-    delete_retention_seconds: float = Field(7 * 86400.0, ge=0, description="Soft-deleted sessions are kept for this.")
-    settle_seconds: float = Field(0.2, ge=0, description="Idle time after a turn before KV is sealed and written.")
-    sweep_seconds: float = Field(5.0, gt=0, description="How often expiry and idleness are looked at.")
-    drain_seconds: float = Field(30.0, ge=0, description="SIGTERM lets running turns go on for this.")
+    delete_retention_seconds: float = Field(
+        7 * 86400.0, ge=0, allow_inf_nan=False, description="Soft-deleted sessions are kept for this."
+    )
+    settle_seconds: float = Field(
+        0.2, ge=0, allow_inf_nan=False, description="Idle time after a turn before KV is sealed and written."
+    )
+    sweep_seconds: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="How often expiry and idleness are looked at."
+    )
+    drain_seconds: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="SIGTERM lets running turns go on for this."
+    )
 
     @field_validator("cell_tokens")
     @classmethod
@@ -83,7 +96,10 @@ class Settings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        return self.host in ("localhost", "::1") or self.host.startswith("127.")
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
 
 def read_auth_tokens(path: Path) -> dict[str, str]:
@@ -94,4 +110,6 @@ def read_auth_tokens(path: Path) -> dict[str, str]:
         raise InvalidConfig(f"auth token file {path}: {error}") from error
     if not isinstance(tokens, dict) or not all(isinstance(t, str) and t for kv in tokens.items() for t in kv):
         raise InvalidConfig(f"auth token file {path} is not a JSON object of token: tenant")
+    if any(len(tenant.encode("utf-8")) > 128 for tenant in tokens.values()):
+        raise InvalidConfig(f"auth token file {path}: a tenant is at most 128 bytes")
     return tokens

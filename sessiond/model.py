@@ -88,11 +88,19 @@ class Model:
             )
         disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            module = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype or "auto", local_files_only=True, use_safetensors=True
+            module, found = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except Exception as error:
             raise ModelCorrupt(f"{path} cannot be loaded: {error}", path=path) from error
+        wrong = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
+        if wrong:  # transformers would make them up
+            raise ModelCorrupt(f"{path} lacks weights, or has them in another shape: {', '.join(wrong[:5])}", path=path)
         return cls(module)
 
     def new_cache(self) -> SessionCache:

@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 def _refuse(field: str, value: object, allowed: str) -> BadSampling:
     # Error metadata travels in HTTP/2 headers: a long value is cut.
     shown = ascii(value)[:200]
-    return BadSampling(f"{field} = {shown} is not allowed: {allowed}", field=field, value=shown, allowed=allowed)
+    return BadSampling(f"{field} = {shown} is not allowed: {allowed}", field=field, value=shown, range=allowed)
 
 
 def _check_real(field: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,6 +15,7 @@ import grpc
 import structlog
 import torch
 from blake3 import blake3
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
@@ -24,7 +26,7 @@ from sessiond.config import Settings
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
 from sessiond.engine import Engine
-from sessiond.errors import InvalidConfig, SessiondError, UnsafeAddress
+from sessiond.errors import BadMessage, InvalidConfig, SessiondError, UnsafeAddress
 from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
 from sessiond.model import Model, load_tokenizer, numerics_profile
@@ -72,30 +74,43 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             (True, False): grpc.stream_unary_rpc_method_handler,
         }[handler.request_streaming, handler.response_streaming]
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary
-        wrapped = _stream(inner) if handler.response_streaming else _unary(inner)
-        return make(wrapped, handler.request_deserializer, handler.response_serializer)
+        # Decoding happens inside, so that bytes that are no request get a typed error too.
+        decode = _decode_each if handler.request_streaming else _decode
+        decode = functools.partial(decode, handler.request_deserializer)
+        wrapped = _stream(inner, decode) if handler.response_streaming else _unary(inner, decode)
+        return make(wrapped, None, handler.response_serializer)
 
 
-def _unary(inner: Callable[..., Any]) -> Callable[..., Any]:
-    async def call(request: Any, context: Any) -> Any:
+def _decode(deserializer: Callable[[bytes], Any], raw: bytes) -> Any:
+    try:
+        return deserializer(raw)
+    except DecodeError as error:
+        raise BadMessage("the request is not valid protobuf; its text must be UTF-8") from error
+
+
+async def _decode_each(deserializer: Callable[[bytes], Any], raws: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+    async for raw in raws:
+        yield _decode(deserializer, raw)
+
+
+def _unary(inner: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:
+    async def call(raw: Any, context: Any) -> Any:
         try:
-            return await inner(request, context)
+            return await inner(decode(raw), context)
         except Exception as error:  # noqa: BLE001 - the boundary
             await _abort(context, error)
 
     return call
 
 
-def _stream(inner: Callable[..., Any]) -> Callable[..., Any]:
-    async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        replies = inner(request, context)
+def _stream(inner: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:
+    async def call(raw: Any, context: Any) -> AsyncIterator[Any]:
         try:
-            async for reply in replies:
-                yield reply
+            async with contextlib.aclosing(inner(decode(raw), context)) as replies:
+                async for reply in replies:
+                    yield reply
         except Exception as error:  # noqa: BLE001 - the boundary
             await _abort(context, error)
-        finally:
-            await replies.aclose()
 
     return call
 

@@ -59,20 +59,18 @@ class SessionsService(SessionsServicer):
         changes: dict[str, Any] = {}
         for path in request.update_mask.paths or _present(request.session):
             if path == "labels":
-                changes["labels"] = dict(request.session.labels)
+                changes["labels"] = wire.labels(request.session.labels)
             elif path == "policy":
                 name, knobs = wire.policy(request.session.policy)
                 changes["policy"] = {"name": name, "knobs": knobs}
             elif path == "ttl":
                 given = request.session.HasField("ttl")
-                changes["ttl_us"] = wire.micros(request.session.ttl) if given else None
-                if given and changes["ttl_us"] <= 0:
-                    raise BadRequest("ttl must be positive", field="ttl")
+                changes["ttl_us"] = wire.ttl_us(request.session.ttl) if given else None
                 if not given:
                     changes["expire_us"] = None
             elif path == "expire_time":
                 given = request.session.HasField("expire_time")
-                changes["expire_us"] = wire.micros(request.session.expire_time) if given else None
+                changes["expire_us"] = wire.expire_us(request.session.expire_time) if given else None
                 changes["ttl_us"] = None
             else:
                 raise BadRequest(f"{path!r} cannot be updated; {', '.join(_UPDATABLE)} can", field="update_mask")
@@ -201,9 +199,9 @@ class AdminService(AdminServicer):
             sessions_by_tier={"hot": hot, "cold": usage.sessions - usage.deleted - hot},
             sessions_deleted=usage.deleted,
             turns_running=len(desk.turns),
-            turns_suspended=usage.suspended,
-            memory_bytes_by_tier={"hot": desk.hot_bytes},
-            memory_budget_bytes_by_tier={"hot": desk.settings.memory_budget_bytes},
+            turns_suspended=max(0, usage.suspended - len(desk.turns)),  # a running one is open as well
+            memory_bytes_by_tier={"device": desk.hot_bytes},
+            memory_budget_bytes_by_tier={"device": desk.settings.memory_budget_bytes},
             disk=admin.DiskUsage(
                 log_file_bytes=usage.log_file,
                 blocks_file_bytes=usage.blocks_file,

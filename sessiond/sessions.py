@@ -172,8 +172,8 @@ class Sessions:
 
     async def update(self, tenant: str, session_id: str, etag: str, changes: dict[str, Any]) -> SessionView:
         """Set `labels`, `policy`, `ttl_us` or `expire_us`. Raises EtagMismatch if `etag` is given and old."""
-        live = self.desk.live(tenant, session_id)
         self.record(tenant, session_id)
+        live = self.desk.live(tenant, session_id)
         if "policy" in changes:
             registry.parse(changes["policy"]["name"], changes["policy"]["knobs"])
         now = self.desk.now_us()
@@ -193,8 +193,8 @@ class Sessions:
         self, tenant: str, session_id: str, etag: str, *, purge_now: bool
     ) -> tuple[SessionView | None, int]:
         """Soft delete: gone for turns, kept until purge_time. `purge_now` erases instead; returns the bytes freed."""
-        live = self.desk.live(tenant, session_id)
         record = self.record(tenant, session_id, deleted_too=True)
+        live = self.desk.live(tenant, session_id)
         _check_etag(record, etag)
         refuse_busy(live)
         async with live.lease:
@@ -227,6 +227,7 @@ class Sessions:
 
     async def undelete(self, tenant: str, session_id: str, etag: str) -> SessionView:
         """Bring a soft-deleted session back. Raises NotDeleted."""
+        self.record(tenant, session_id, deleted_too=True)
         live = self.desk.live(tenant, session_id)
         now = self.desk.now_us()
 

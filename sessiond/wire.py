@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blake3 import blake3
@@ -33,6 +34,9 @@ FINISH = {
     FinishReason.TOOL_CALL: types.FINISH_REASON_TOOL_CALL,
     FinishReason.ABORTED: types.FINISH_REASON_ABORTED,
 }
+MAX_TTL_US = 100 * 366 * 86_400 * 1_000_000
+MAX_TIME_US = 253_402_300_800 * 1_000_000
+_LABEL_KEY = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 UNFINISHED = types.FINISH_REASON_UNSPECIFIED
 KINDS = {
     "root": types.REVISION_KIND_ROOT,
@@ -59,14 +63,21 @@ CAUSES = {
 
 def rpc_error(error: SessiondError) -> status_pb2.Status:
     """google.rpc.Status of an error: canonical code, ErrorInfo, and RetryInfo where a retry may help."""
-    status = status_pb2.Status(code=error.status.value, message=error.message)
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain="sessiond", metadata=error.metadata)
+    # Errors quote what they were given; trailers are small.
+    status = status_pb2.Status(code=error.status.value, message=_clip(error.message, 1024))
+    metadata = {key: _clip(value, 256) for key, value in error.metadata.items()}
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain="sessiond", metadata=metadata)
     status.details.add().Pack(info)
     if error.retry_after is not None:
         retry = error_details_pb2.RetryInfo()
         retry.retry_delay.FromNanoseconds(int(error.retry_after * 1e9))
         status.details.add().Pack(retry)
     return status
+
+
+def _clip(text: str, n_bytes: int) -> str:
+    raw = text.encode("utf-8", "replace")
+    return text if len(raw) <= n_bytes else raw[:n_bytes].decode("utf-8", "ignore") + "…"
 
 
 # Fields of a request that do not change what it does: two requests that differ only here are the same request.
@@ -151,15 +162,38 @@ def tool(proto: types.Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+def ttl_us(proto: Duration) -> int:
+    """Raises BadRequest unless it is positive and at most 100 years."""
+    value = micros(proto)
+    if not 0 < value <= MAX_TTL_US or not 0 <= proto.nanos < 1_000_000_000:
+        raise BadRequest("ttl must be positive and at most 100 years", field="ttl")
+    return value
+
+
+def expire_us(proto: Timestamp) -> int:
+    """Raises BadRequest unless it lies ahead, before the year 10000."""
+    value = micros(proto)
+    if not time.time_ns() // 1000 < value < MAX_TIME_US or not 0 <= proto.nanos < 1_000_000_000:
+        raise BadRequest("expire_time must lie ahead, before the year 10000", field="expire_time")
+    return value
+
+
 def expiration(request: Any) -> tuple[int | None, int | None]:
-    """(ttl, expire_time) of a request's `expiration`, in microseconds. Raises BadRequest unless a ttl is positive."""
+    """(ttl, expire_time) of a request's `expiration`, in microseconds. Raises BadRequest."""
     which = request.WhichOneof("expiration")
     if which == "ttl":
-        ttl = micros(request.ttl)
-        if ttl <= 0:
-            raise BadRequest("ttl must be positive", field="ttl")
-        return ttl, None
-    return None, micros(request.expire_time) if which else None
+        return ttl_us(request.ttl), None
+    return None, expire_us(request.expire_time) if which else None
+
+
+def labels(given: Mapping[str, str]) -> dict[str, str]:
+    """Raises BadRequest for a key that is no label key, or a value of more than 256 characters."""
+    for key, value in given.items():
+        if not _LABEL_KEY.fullmatch(key) or len(value) > 256 or "\0" in value:
+            raise BadRequest(
+                f"label {key!r}: keys match {_LABEL_KEY.pattern}, values are at most 256 characters", field="labels"
+            )
+    return dict(given)
 
 
 def new_session(request: pb.CreateSessionRequest) -> NewSession:
@@ -168,6 +202,8 @@ def new_session(request: pb.CreateSessionRequest) -> NewSession:
     if request.system:
         given = (Message("system", request.system), *given)
     ttl, expire = expiration(request)
+    if len(request.request_id.encode()) > 128:
+        raise BadRequest("request_id is at most 128 bytes", field="request_id")
     return NewSession(
         request_id=request.request_id,
         digest=digest(request),
@@ -177,7 +213,7 @@ def new_session(request: pb.CreateSessionRequest) -> NewSession:
         model=request.model,
         adapter=request.adapter,
         policy=policy(request.policy),
-        labels=dict(request.labels),
+        labels=labels(request.labels),
         ttl_us=ttl,
         expire_us=expire,
     )
@@ -187,6 +223,8 @@ def turn_request(request: pb.GenerateRequest) -> TurnRequest:
     """Raises BadMessage, BadSampling, BadRequest, EmptyInput or NotImplementedYet."""
     if request.mode not in MODES:
         raise BadRequest(f"unknown mode {request.mode}", field="mode")
+    if request.context_overflow not in pb.ContextOverflow.values():
+        raise BadRequest(f"unknown context_overflow {request.context_overflow}", field="context_overflow")
     if request.context_overflow == pb.CONTEXT_OVERFLOW_SLIDE:
         raise NotImplementedYet("context_overflow SLIDE is reserved", field="context_overflow")
     if request.retemplate:
@@ -353,6 +391,6 @@ def parse_filter(text: str) -> tuple[dict[str, str], str | None, bool | None]:
         if not text.startswith("AND", at):
             raise BadRequest(f"filter is not understood at {text[at : at + 40]!r}", field="filter")
         at += len("AND")
-    labels = {name.removeprefix("labels."): value for name, value in found.items() if name not in _WORDS}
+    wanted = {name.removeprefix("labels."): value for name, value in found.items() if name not in _WORDS}
     state = found["state"].lower() if "state" in found else None
-    return labels, state, found["tier"] == "HOT" if "tier" in found else None
+    return wanted, state, found["tier"] == "HOT" if "tier" in found else None

@@ -37,8 +37,8 @@ LENGTHS = (1, 63, 127, 128, 129, 300)
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    with torch_threads(2):
+def one_thread():
+    with torch_threads(1):
         yield
 
 

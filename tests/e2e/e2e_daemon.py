@@ -266,6 +266,13 @@ class Daemons:
             await self.stop(daemon)
 
 
+async def happened(event: threading.Event) -> None:
+    """Wait for another thread."""
+    async with asyncio.timeout(PATIENCE):
+        while not event.is_set():  # noqa: ASYNC110 - the other thread knows no loop
+            await asyncio.sleep(0.005)
+
+
 class Gate:
     """Holds the engine between two steps, so that a test decides how far a turn gets.
 
@@ -280,6 +287,9 @@ class Gate:
         self._steps = threading.Semaphore(0)
         self._open = threading.Event()
         self.waiting = threading.Event()
+        self._cancel = daemon.desk.engine.cancel
+        self._cancelled = threading.Event()
+        daemon.desk.engine.cancel = self._note_cancel  # type: ignore[method-assign]
         GATES.append(self)
         model.step = self._wait  # type: ignore[method-assign]
 
@@ -287,6 +297,15 @@ class Gate:
         while not self._open.is_set() and not self._steps.acquire(timeout=0.01):
             self.waiting.set()
         return self._step(*args)
+
+    def _note_cancel(self, turn_id: str) -> None:
+        self._cancel(turn_id)
+        self._cancelled.set()
+
+    async def cancelled(self) -> None:
+        """Return once the engine has been told to end a turn, which it will when a step may run."""
+        await happened(self._cancelled)
+        self._cancelled.clear()
 
     def let(self, steps: int) -> None:
         for _ in range(steps):
@@ -298,9 +317,7 @@ class Gate:
     async def reached(self) -> None:
         """Return once a step waits at the gate."""
         self.waiting.clear()
-        async with asyncio.timeout(PATIENCE):
-            while not self.waiting.is_set():
-                await asyncio.sleep(0.005)
+        await happened(self.waiting)
 
 
 class Process:
@@ -345,6 +362,6 @@ class Process:
 
     async def exit_code(self) -> int | None:
         async with asyncio.timeout(PATIENCE):
-            while self.process.is_alive():
+            while self.process.is_alive():  # noqa: ASYNC110 - processes have no events
                 await asyncio.sleep(0.02)
         return self.process.exitcode

@@ -38,11 +38,9 @@ async def suspend_one(peer: Peer, gate: Gate, session: str, request_id: str, tok
     gate.let(tokens)
     turn = await stream.read_tokens(tokens)
     stream.cancel()
-    # The step that waits at the gate ends before the turn can be taken out.
-    async with asyncio.timeout(PATIENCE):
-        while (await peer.get(session)).suspended_request_id != request_id:
-            gate.let(1)
-            await asyncio.sleep(0.02)
+    await gate.cancelled()
+    gate.let(1)  # the step that waits; then the turn is taken out
+    await until_state(peer, session, suspended=request_id)
     return turn
 
 
@@ -104,7 +102,7 @@ class TestALostStream:
         gate.let(4)
         await stream.read_tokens(4)
         stream.cancel()
-        await asyncio.sleep(0.1)
+        await gate.cancelled()
         gate.open()
         now = await until_state(peer, session.session_id)
         assert now.head_revision_id == session.head_revision_id
@@ -214,9 +212,7 @@ class TestAnotherTurnThatMeetsASuspendedOne:
         assert turn.ids == whole.ids
         assert len(await peer.revisions(session)) == 2
         assert (await peer.turn(session, "And then?", max_tokens=8)).ids == after.ids
-        given_up = await peer.turn(
-            session, "Tell me", max_tokens=LONG, request_id="turn-1", temperature=3.0, seed=1
-        )
+        given_up = await peer.turn(session, "Tell me", max_tokens=LONG, request_id="turn-1", temperature=3.0, seed=1)
         assert given_up.finished.finish_reason == types_pb2.FINISH_REASON_ABORTED
         assert given_up.finished.revision_id == ""
 
@@ -238,7 +234,7 @@ class TestAbort:
                 gate.let(6)
                 await stream.read_tokens(6)
                 aborting = asyncio.create_task(peer.abort(session, "turn-1", commit=True))
-                await asyncio.sleep(0.1)
+                await gate.cancelled()
                 gate.open()
                 result = await aborting
                 told = await stream.read()
@@ -277,7 +273,7 @@ class TestAbort:
                 gate.let(6)
                 await stream.read_tokens(6)
                 aborting = asyncio.create_task(peer.abort(session.session_id, "turn-1"))
-                await asyncio.sleep(0.1)
+                await gate.cancelled()
                 gate.open()
                 result = await aborting
                 told = await stream.read()
@@ -299,7 +295,7 @@ class TestAbort:
         gate.let(5)
         await stream.read_tokens(5)
         aborting = asyncio.create_task(peer.abort(session, "turn-1", commit=True))
-        await asyncio.sleep(0.1)
+        await gate.cancelled()
         gate.open()
         first = await aborting
         before = await peer.get(session)
@@ -325,7 +321,7 @@ class TestAbort:
         stream = peer.open(session, "word " * 60, max_tokens=LONG, request_id="turn-1")
         await gate.reached()
         aborting = asyncio.create_task(peer.abort(session, "turn-1", commit=True))
-        await asyncio.sleep(0.1)
+        await gate.cancelled()
         gate.open()
         result = await aborting
         assert (result.stopped, result.generated_tokens) == (True, 0)

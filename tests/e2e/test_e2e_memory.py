@@ -237,9 +237,13 @@ class TestTime:
         gone = (await peer.delete(session)).session
         assert gone.state == types_pb2.SESSION_STATE_DELETED
         assert gone.HasField("purge_time")
-        for attempt in (peer.turn(session, "And?", max_tokens=2), peer.warm(session), peer.count(session, "Hi")):
+        for attempt in (
+            lambda: peer.turn(session, "And?", max_tokens=2),
+            lambda: peer.warm(session),
+            lambda: peer.count(session, "Hi"),
+        ):
             with refused("SESSION_DELETED", StatusCode.FAILED_PRECONDITION):
-                await attempt
+                await attempt()
         with refused("SESSION_DELETED", StatusCode.FAILED_PRECONDITION):
             await peer.update(types_pb2.Session(session_id=session, labels={"a": "b"}))
         assert (await peer.delete(session)).session == gone
@@ -262,9 +266,9 @@ class TestTime:
         answer = await peer.delete(session, purge_now=True)
         assert answer.freed_bytes > 0
         assert not answer.HasField("session")
-        for attempt in (peer.get(session), peer.revisions(session), peer.delete(session), peer.undelete(session)):
+        for attempt in (peer.get, peer.revisions, peer.delete, peer.undelete):
             with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
-                await attempt
+                await attempt(session)
         with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
             await peer.turn(session, LONG_TEXT, max_tokens=4, request_id="turn-1")
         assert log.revisions_of_session("default", session) == []

@@ -34,9 +34,7 @@ class TestAFinishedTurn:
     async def test_is_replayed_from_where_the_client_says(self, peer: Peer, session: str):
         first = await peer.turn(session, "Tell me", max_tokens=12, request_id="turn-1")
         for skip in (1, 5, 12, 100):
-            again = await peer.turn(
-                session, "Tell me", max_tokens=12, request_id="turn-1", resume_after_tokens=skip
-            )
+            again = await peer.turn(session, "Tell me", max_tokens=12, request_id="turn-1", resume_after_tokens=skip)
             assert again.ids == first.ids[skip:]
             if again.tokens:
                 assert again.tokens[0].first_token_index == skip

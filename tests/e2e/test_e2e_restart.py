@@ -222,9 +222,9 @@ async def test_a_session_of_another_model_is_refused_by_name(daemons: Daemons, t
     other = write_chat_model(tmp_path / "other", seed=1)
     daemon = await daemons.restart(daemon, model=str(other))
     async with peer_of(daemon.port) as peer:
-        for attempt in (peer.turn(session, "Tell me", max_tokens=2), peer.warm(session)):
+        for attempt in (lambda: peer.turn(session, "Tell me", max_tokens=2), lambda: peer.warm(session)):
             with refused("IDENTITY_MISMATCH", StatusCode.FAILED_PRECONDITION) as error:
-                await attempt
+                await attempt()
             assert "weights" in error.value.metadata["field"]
         assert recorded(await peer.get(session)) == recorded(before)
         with refused("IDENTITY_MISMATCH", StatusCode.FAILED_PRECONDITION):

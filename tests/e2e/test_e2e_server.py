@@ -19,6 +19,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from sessiond.clients.errors import from_rpc_error
 from sessiond.errors import InvalidConfig, UnsafeAddress
 from sessiond.v1 import admin_pb2
 from sessiond.v1 import sessions_pb2 as pb
@@ -49,14 +50,10 @@ class TestWhatALaterVersionWillServe:
         ids=lambda value: value if isinstance(value, str) else "",
     )
     async def test_says_so(self, peer: Peer, service: str, method: str, request_):
-        from sessiond.clients.errors import from_rpc_error
-
         call = getattr(getattr(peer, service), method)(request_)
+        answer = call.read() if isinstance(call, grpc.aio.UnaryStreamCall) else call
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            if isinstance(call, grpc.aio.UnaryStreamCall):
-                await call.read()
-            else:
-                await call
+            await answer
         error = from_rpc_error(caught.value)
         assert (error.reason, error.code) == ("NOT_IMPLEMENTED_YET", StatusCode.UNIMPLEMENTED)
 
@@ -157,16 +154,16 @@ class TestGoingDown:
             await stream.read_tokens(2)
             process.terminate()
             async with asyncio.timeout(PATIENCE):
-                while await health(peer) != NOT_SERVING:
+                while await health(peer) != NOT_SERVING:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.02)
             assert await health(peer, "sessiond.v1.Sessions") == NOT_SERVING
             for attempt in (
-                peer.turn(other, "Tell me", max_tokens=2),
-                peer.create(system="Be brief."),
-                peer.warm(other),
+                lambda: peer.turn(other, "Tell me", max_tokens=2),
+                lambda: peer.create(system="Be brief."),
+                lambda: peer.warm(other),
             ):
                 with refused("DRAINING", StatusCode.UNAVAILABLE) as error:
-                    await attempt
+                    await attempt()
                 assert error.value.retry_after
             info = await peer.call(peer.admin.GetServerInfo, admin_pb2.GetServerInfoRequest())
             assert info.state == admin_pb2.SERVER_STATE_DRAINING
@@ -196,7 +193,7 @@ class TestGoingDown:
             stream = peer.open(session, "Tell me", max_tokens=20, request_id="turn-1")
             await stream.read_tokens(4)
             stopping = asyncio.create_task(daemons.stop(daemon))
-            await asyncio.sleep(0.3)
+            await gate.cancelled()
             gate.let(1)
             first = await stream.read()
             gate.open()
@@ -217,8 +214,10 @@ class TestGoingDown:
             port = probe.getsockname()[1]
         arguments = ["--model", str(chat_model), "--data-dir", str(tmp_path / "data"), "--listen", f"127.0.0.1:{port}"]
         with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sessiond.cli", "serve", *arguments], stdout=log, stderr=subprocess.STDOUT
+            process = subprocess.Popen(  # noqa: ASYNC220 - starting it takes no time
+                [sys.executable, "-c", "from sessiond.cli import main; main()", "serve", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
         try:
             async with peer_of(port) as peer:
@@ -313,7 +312,9 @@ def credentials(folder: Path, name: str = "") -> grpc.ChannelCredentials:
     roots = (folder / "ca.crt").read_bytes()
     if not name:
         return grpc.ssl_channel_credentials(roots)
-    return grpc.ssl_channel_credentials(roots, (folder / f"{name}.key").read_bytes(), (folder / f"{name}.crt").read_bytes())
+    return grpc.ssl_channel_credentials(
+        roots, (folder / f"{name}.key").read_bytes(), (folder / f"{name}.crt").read_bytes()
+    )
 
 
 class TestWhoMayConnect:

@@ -12,7 +12,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc import StatusCode
 
-from sessiond.v1 import types_pb2
+from sessiond.v1 import admin_pb2, types_pb2
+from sessiond.v1 import sessions_pb2 as pb
 
 
 async def listed(peer: Peer, count: int, **fields) -> list[str]:
@@ -158,8 +159,6 @@ class TestListing:
             await peer.list(page_size=-1)
 
     async def test_revisions_come_in_pages_too(self, peer: Peer):
-        from sessiond.v1 import sessions_pb2 as pb
-
         session = (await peer.create(system="Be brief.")).session_id
         for _ in range(3):
             await peer.turn(session, "A fact", mode="append_only")
@@ -212,9 +211,7 @@ class TestChanging:
         fixed = await peer.update(types_pb2.Session(session_id=session.session_id, expire_time=ahead), "expire_time")
         assert fixed.expire_time.seconds == ahead.seconds
         assert not fixed.HasField("ttl")
-        moving = await peer.update(
-            types_pb2.Session(session_id=session.session_id, ttl=Duration(seconds=60)), "ttl"
-        )
+        moving = await peer.update(types_pb2.Session(session_id=session.session_id, ttl=Duration(seconds=60)), "ttl")
         assert moving.ttl.seconds == 60
         assert moving.expire_time.ToDatetime() < fixed.expire_time.ToDatetime()
 
@@ -283,20 +280,20 @@ class TestTenants:
         before = await everything(alice, session.session_id)
         name = session.session_id
         for attempt in (
-            bob.get(name),
-            bob.revisions(name),
-            bob.update(types_pb2.Session(session_id=name, labels={"a": "b"}), "labels"),
-            bob.delete(name),
-            bob.delete(name, purge_now=True),
-            bob.undelete(name),
-            bob.turn(name, "Tell me", max_tokens=3, request_id="turn-1"),
-            bob.abort(name, "turn-1"),
-            bob.warm(name),
-            bob.suspend(name),
-            bob.count(name, "Tell me"),
+            lambda: bob.get(name),
+            lambda: bob.revisions(name),
+            lambda: bob.update(types_pb2.Session(session_id=name, labels={"a": "b"}), "labels"),
+            lambda: bob.delete(name),
+            lambda: bob.delete(name, purge_now=True),
+            lambda: bob.undelete(name),
+            lambda: bob.turn(name, "Tell me", max_tokens=3, request_id="turn-1"),
+            lambda: bob.abort(name, "turn-1"),
+            lambda: bob.warm(name),
+            lambda: bob.suspend(name),
+            lambda: bob.count(name, "Tell me"),
         ):
             with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
-                await attempt
+                await attempt()
         assert await everything(alice, name) == before
 
     async def test_share_no_request_ids_and_no_cells(self, pair):
@@ -321,8 +318,6 @@ class TestTenants:
             assert (await peer.create(system="Be brief.")).tenant == "default"
 
     async def test_a_missing_or_wrong_token_is_refused(self, daemons: Daemons, tmp_path):
-        from sessiond.v1 import admin_pb2
-
         path = tmp_path / "tokens.json"
         path.write_text(json.dumps({"secret-a": "alice"}))
         daemon = await daemons.start(auth_tokens=path)
