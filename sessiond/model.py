@@ -88,7 +88,7 @@ class Model:
             )
         disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            module, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype or "auto",
@@ -98,6 +98,7 @@ class Model:
             )
         except Exception as error:
             raise ModelCorrupt(f"{path} cannot be loaded: {error}", path=path) from error
+        module, found = loaded
         wrong = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
         if wrong:  # transformers would make them up
             raise ModelCorrupt(f"{path} lacks weights, or has them in another shape: {', '.join(wrong[:5])}", path=path)

@@ -134,6 +134,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """UNIMPLEMENTED. Not built in this version. A more precise reason is usual."""
     ERROR_REASON_NOT_IMPLEMENTED_YET: _ErrorReason.ValueType  # 48
     """UNIMPLEMENTED. An RPC or mode that the contract names and a later version will serve."""
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 49
+    """UNAUTHENTICATED. Credentials are required and are missing or wrong: a bearer token, or a client certificate with a
+    common name.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a request failed, more precisely than its canonical code says. On the wire it is `ErrorInfo.reason`, a string: the
@@ -253,4 +257,8 @@ ERROR_REASON_UNIMPLEMENTED: ErrorReason.ValueType  # 47
 """UNIMPLEMENTED. Not built in this version. A more precise reason is usual."""
 ERROR_REASON_NOT_IMPLEMENTED_YET: ErrorReason.ValueType  # 48
 """UNIMPLEMENTED. An RPC or mode that the contract names and a later version will serve."""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 49
+"""UNAUTHENTICATED. Credentials are required and are missing or wrong: a bearer token, or a client certificate with a
+common name.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
