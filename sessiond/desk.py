@@ -207,11 +207,17 @@ class Desk:
 
     async def unsettle(self, live: Live) -> None:
         """Stop background work on a session: its cache belongs to the caller (who holds the lease) afterwards."""
-        if live.settling:
-            live.settling.cancel()
-            await asyncio.gather(live.settling, return_exceptions=True)
-            live.settling = None
-            self.engine.cancel_seal(live.owner)
+        if live.settling is None:
+            return
+        live.settling.cancel()
+        live.stop_saving.set()
+        await asyncio.gather(live.settling, return_exceptions=True)
+        live.settling = None
+        self.engine.cancel_seal(live.owner)
+        await asyncio.wrap_future(self.engine.call(_nothing))  # a cell that was being sealed is done now
+        if live.saving:
+            await asyncio.wait([live.saving])
+        live.stop_saving.clear()
 
     async def _settle(self, live: Live) -> None:
         await asyncio.sleep(self.settings.settle_seconds)
@@ -238,7 +244,7 @@ class Desk:
         cache, head, ids = live.cache, live.head, live.ids
         if cache is None:
             return 0
-        written: int = await self.in_pool(self.tiers.persist_cells, live.tenant, ids, cache, 0)
+        written = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving)
 
         def snapshot() -> tuple[int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
             start, end = cache.sealed, max(cache.sealed, min(cache.length, len(ids)))
@@ -246,16 +252,17 @@ class Desk:
 
         start, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
         older = [revision.revision_id for revision in live.chain[:-1]][-8:]
-        # A cancelled task must not leave two writers of one tail: the pool's work is waited for, never abandoned.
-        if live.saving:
-            await asyncio.wait([live.saving])
-        live.saving = self._loop.run_in_executor(
-            self._pool, self.tiers.persist_tail, live.tenant, head, start, arrays, older
-        )
-        written += await asyncio.shield(live.saving)
+        written += await self._save(live, self.tiers.persist_tail, live.tenant, head, start, arrays, older)
         if live.head == head:
             live.persisted = start + (arrays[0][0].shape[1] if arrays else 0)
         return written
+
+    async def _save(self, live: Live, function: Callable[..., int], *args: Any) -> int:
+        """Run a pool's work on a session's cache. Cancelling the caller leaves it running; `unsettle` waits for it."""
+        if live.saving:
+            await asyncio.wait([live.saving])
+        live.saving = self._loop.run_in_executor(self._pool, function, *args)
+        return await asyncio.shield(live.saving)
 
     @staticmethod
     def suspended_error(request: RequestRecord) -> TurnSuspended:
@@ -263,6 +270,10 @@ class Desk:
             f"turn {request.request_id} is suspended; come back with its request_id, or set supersede",
             request_id=request.request_id,
         )
+
+
+def _nothing() -> None:
+    """What the engine is asked to do by someone who waits for what it was doing."""
 
 
 def _report(future: Any) -> None:

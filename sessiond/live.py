@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +37,8 @@ class Live:
     persisted: int = 0
     turn: Turn | None = None
     settling: asyncio.Task[None] | None = None
-    saving: asyncio.Future[int] | None = None
+    saving: asyncio.Future[int] | None = None  # a pool's work on the cache; waited for, never abandoned
+    stop_saving: threading.Event = field(default_factory=threading.Event)
     last_used: float = field(default_factory=time.monotonic)
 
     @property

@@ -132,10 +132,23 @@ class TurnWork:
     def _replay(self, token: int) -> None:
         """Take a token that was sampled before: sampler and text go on as if it had just come."""
         self.sampler.observe(token)
-        delta = self.stream.push(token)
+        delta = self.stream.flush() if token in self.stop_ids else self.stream.push(token)
         sampled = Sampled(token)
         self.replayed.append(TokenOut(self.turn_id, self.generated, sampled, delta.text, delta.byte_offset))
         self.generated += 1
+
+    @property
+    def ended_before(self) -> Ended | None:
+        """How the turn had ended already, if it was interrupted between its last token and its commit."""
+        if not self.replayed:
+            return None
+        if self.replayed[-1].sampled.token_id in self.stop_ids or self.stream.stopped:
+            return Ended(self.turn_id, FinishReason.STOP, self.stream.stopped)
+        if self.generated >= self.max_new:
+            return Ended(self.turn_id, FinishReason.LENGTH)
+        if len(self.tokens) + self.generated >= self.max_context:
+            return Ended(self.turn_id, FinishReason.CONTEXT_FULL)
+        return None
 
     def _plan(self, logged: list[int], cell_tokens: int, seal: bool) -> None:
         """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits."""

@@ -7,6 +7,7 @@ be computed from the token log. Persisting goes the other way, after a turn and 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -128,6 +129,10 @@ class Tiers:
             try:
                 total += self.store.blocks.read_into(owner, start, len(span), self.shape.n_layers, _into(cache, span))
             except RecordCorrupt as error:
+                # Without its reference the cell is written again once it has been recomputed.
+                forget = LogBatch()
+                forget.delete_cell_ref(tenant, hashes[cell])
+                self.store.log.write(forget).result()
                 return total, cell, error.message
         return total, len(hashes), ""
 
@@ -161,14 +166,16 @@ class Tiers:
             return ref.start, stop
         return 0, 0
 
-    def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, first: int) -> int:
-        """Make sealed cells from `first` on durable (those already on disk are left). Returns bytes written."""
+    def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event) -> int:
+        """Make sealed cells durable, those that are not on disk yet, until `stop` is set. Returns bytes written."""
         last = cache.sealed // self.cell_tokens
         hashes = prefix_hashes(tenant, self.identity_id, ids[: last * self.cell_tokens], self.cell_tokens)
         known = self.store.log.cell_refs(tenant, hashes)
-        todo = [cell for cell in range(first, last) if known[cell] is None]
+        todo = [cell for cell in range(last) if known[cell] is None]
         written = 0
         for batch in _chunks(todo, 2 * self._workers):
+            if stop.is_set():
+                break
             refs = list(self._codecs.map(lambda cell: self._write_cell(tenant, hashes[cell], cell, cache), batch))
             log = LogBatch()
             for ref, durable in refs:

@@ -270,7 +270,9 @@ class Turn:
             if not (self.restored.tokens_restored or self.restored.recomputed):
                 self.restored = None  # there was nothing to restore
         self._accept(new=computed, reused=len(tokens) - computed)
-        if self._stopping:
+        if work.ended_before:
+            self._ended.set_result(work.ended_before)
+        elif self._stopping:
             self._ended.set_result(Ended(self.turn_id, FinishReason.ABORTED))
         else:
             self._submitted = True

@@ -4,6 +4,7 @@ bytes. Compared cell by cell as XXH3-128 over every layer's K and V (`kv_digest`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,7 +205,7 @@ def revision(n_tokens: int) -> RevisionRecord:
 def persist(path: Path, session: Session) -> None:
     cache = session.cache
     with open_tiers(path, session.model) as tiers:
-        tiers.persist_cells(TENANT, np.array(session.log, np.uint32), cache, 0)
+        tiers.persist_cells(TENANT, np.array(session.log, np.uint32), cache, threading.Event())
         tiers.persist_tail(TENANT, "rev", cache.sealed, cache.copies(cache.sealed, cache.length), [])
 
 
