@@ -19,6 +19,9 @@ from typing import Any
 
 from rich.console import Console
 
+# As `sessiond serve` sets it, for ourselves and for peers alike; before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
 
@@ -139,10 +142,16 @@ def file_system(path: Path, mounts: str | None = None) -> str:
 def run_script(name: str, *arguments: str) -> dict[str, Any]:
     """Run a script beside this one and return the JSON object of its last line. Raises RuntimeError if it fails."""
     command = [sys.executable, str(Path(__file__).with_name(name)), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{name} failed with status {done.returncode}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()  # unlike a kill, lets it clean up
+            process.wait()
+            raise
+    if process.returncode != 0:
+        raise RuntimeError(f"{name} failed with status {process.returncode}")
+    found: dict[str, Any] = json.loads(output.strip().rpartition("\n")[2])
     return found
 
 

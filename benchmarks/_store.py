@@ -45,7 +45,9 @@ class Stored:
 
 @contextmanager
 def open_longest(data_dir: Path) -> Iterator[Stored]:
-    """The session with the longest history. Raises RuntimeError if there is none."""
+    """The session with the longest history. Raises RuntimeError if there is none; makes no directory."""
+    if not (data_dir / "FORMAT").is_file():
+        raise RuntimeError(f"{data_dir} is no data directory")
     with Store.open(data_dir) as store:
         found = [_read(store, record) for record in store.log.sessions()]
         if not found:

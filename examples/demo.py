@@ -58,7 +58,8 @@ def say(text: str) -> None:
 def timed(session: Session, messages: str | list[dict[str, str]]) -> Turn:
     """A turn, with a clock on the terminal while it runs."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=out, transient=True, refresh_per_second=2) as progress:
+    quiet = not out.is_terminal
+    with Progress(*columns, console=out, transient=True, refresh_per_second=2, disable=quiet) as progress:
         progress.add_task("the model works", total=None)
         return run_turn(session, messages, max_tokens=MAX_TOKENS)
 
@@ -71,6 +72,10 @@ def ask(session: Session, question: str) -> Turn:
     out.print(
         f"    {turn.reused:,} tokens reused, {turn.computed:,} computed; first token after {turn.ttft_ms:,.0f} ms"
     )
+    if turn.restored:
+        back = turn.restored
+        out.print(f"    {back.bytes_read:,} bytes read from disk in {back.milliseconds:,.0f} ms")
+        out.print(f"    {back.tokens_recomputed:,} tokens of the past computed again")
     return turn
 
 

@@ -94,6 +94,13 @@ class SessionCache:
         self.keys[layer][:, position:end] = keys
         self.values[layer][:, position:end] = values
 
+    def clear(self) -> None:
+        """Zero all memory and hold nothing."""
+        for layer in range(self.shape.n_layers):
+            self.keys[layer].zero_()
+            self.values[layer].zero_()
+        self.length = self.sealed = 0
+
     def truncate(self, length: int, cell_tokens: int) -> None:
         """Forget positions from `length` on; a sealed cell that is cut stops being sealed."""
         self.length = min(self.length, length)

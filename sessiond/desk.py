@@ -197,7 +197,9 @@ class Desk:
             if not live.cache:
                 return 0, 0
             written = await self.persist(live)
-            return written, live.drop_cache()
+            cache, freed = live.cache, live.drop_cache()
+            await self.in_pool(self.tiers.give_back, cache)
+            return written, freed
 
     # --- after a turn --------------------------------------------------------------------------------------------
 

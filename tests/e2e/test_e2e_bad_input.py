@@ -200,12 +200,13 @@ class TestText:
             assert error.code is INVALID
             assert error.reason in ("BAD_REQUEST", "BAD_MESSAGE")
 
-    @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\udc80"])
-    def test_with_a_lone_surrogate_is_refused_inside_too(self, text: str):
-        with pytest.raises(BadMessage):
-            Message("user", text)
-        with pytest.raises(BadSampling):
-            SamplingParams(stop=(text,))
+    def test_with_a_lone_surrogate_is_refused_inside_too(self):
+        for code in (0xD800, 0xDC80, 0xDFFF):
+            text = f"a{chr(code)}b"
+            with pytest.raises(BadMessage):
+                Message("user", text)
+            with pytest.raises(BadSampling):
+                SamplingParams(stop=(text,))
 
     async def test_with_a_lone_surrogate_is_no_id(self, daemon):
         with pytest.raises(BadRequest):
@@ -259,8 +260,8 @@ class TestIds:
                 request = pb.GetRevisionRequest(session_id=session, revision_id=revision)
                 await peer.call(peer.sessions.GetRevision, request)
         for revision in ("", "x" * 500):
+            request = pb.GetRevisionRequest(session_id=session, revision_id=revision)
             with pytest.raises(SessiondClientError) as caught:
-                request = pb.GetRevisionRequest(session_id=session, revision_id=revision)
                 await peer.call(peer.sessions.GetRevision, request)
             assert caught.value.reason in ("BAD_REQUEST", "REVISION_NOT_FOUND")
 
