@@ -208,7 +208,7 @@ class Sessions:
 
             def build(record: SessionRecord) -> LogBatch:
                 _check_etag(record, etag)
-                batch = LogBatch()
+                batch, before = LogBatch(), record.generation  # a purge in between is not undone
                 if record.deleted_us is None:
                     record = replace(
                         record,
@@ -217,7 +217,7 @@ class Sessions:
                         updated_us=now,
                         generation=record.generation + 1,
                     )
-                batch.put_session(record)
+                batch.put_session(record, expect_generation=before)
                 return batch
 
             record = await self.desk.edit(live, build)
@@ -237,7 +237,8 @@ class Sessions:
                 raise NotDeleted(f"session {session_id} is not deleted")
             batch = LogBatch()
             batch.put_session(
-                replace(record, deleted_us=None, purge_us=None, updated_us=now, generation=record.generation + 1)
+                replace(record, deleted_us=None, purge_us=None, updated_us=now, generation=record.generation + 1),
+                expect_generation=record.generation,
             )
             return batch
 
