@@ -44,7 +44,7 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
             abort(context, grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND", f"no session {session_id}")
         return self.sessions[session_id]
 
-    def CreateSession(self, request, context):  # noqa: N802
+    def CreateSession(self, request, context):
         self.requests.append(request)
         name = f"s{len(self.sessions) + 1}"
         self.sessions[name] = types_pb2.Session(
@@ -57,28 +57,28 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
         )
         return self.sessions[name]
 
-    def GetSession(self, request, context):  # noqa: N802
+    def GetSession(self, request, context):
         return self._session(request.session_id, context)
 
-    def ListSessions(self, request, context):  # noqa: N802
+    def ListSessions(self, request, context):
         self.requests.append(request)
         return sessions_pb2.ListSessionsResponse(sessions=list(reversed(self.sessions.values())))
 
-    def ListRevisions(self, request, context):  # noqa: N802
+    def ListRevisions(self, request, context):
         text = types_pb2.ContentPart(text="first \x1b[31mwords")
         message = types_pb2.Message(role="user", content=[text])
         revision = types_pb2.Revision(revision_id="r0", kind=types_pb2.REVISION_KIND_ROOT, messages=[message])
         return sessions_pb2.ListRevisionsResponse(revisions=[revision])
 
-    def DeleteSession(self, request, context):  # noqa: N802
+    def DeleteSession(self, request, context):
         self.requests.append(request)
         session = self._session(request.session_id, context)
         return sessions_pb2.DeleteSessionResponse(session=None if request.purge_now else session)
 
-    def UndeleteSession(self, request, context):  # noqa: N802
+    def UndeleteSession(self, request, context):
         return self._session(request.session_id, context)
 
-    def Generate(self, request, context):  # noqa: N802
+    def Generate(self, request, context):
         self.requests.append(request)
         self._session(request.session_id, context)
         yield sessions_pb2.TurnEvent(accepted=sessions_pb2.Accepted(revision_id="r0"))
@@ -103,12 +103,12 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
         )
         yield sessions_pb2.TurnEvent(finished=finished)
 
-    def AbortTurn(self, request, context):  # noqa: N802
+    def AbortTurn(self, request, context):
         self.requests.append(request)
         self.aborted.set()
         return sessions_pb2.AbortTurnResponse(stopped=True, generated_tokens=2)
 
-    def ExportSession(self, request, context):  # noqa: N802
+    def ExportSession(self, request, context):
         yield sessions_pb2.ExportSessionResponse(header=sessions_pb2.ArchiveHeader(session_id="s1"))
         yield sessions_pb2.ExportSessionResponse(chunk=self.archive)
         if self.cuts_archive:
@@ -117,14 +117,14 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
         trailer = sessions_pb2.ArchiveTrailer(sha256=digest, total_bytes=len(self.archive))
         yield sessions_pb2.ExportSessionResponse(trailer=trailer)
 
-    def ImportSession(self, request_iterator, context):  # noqa: N802
+    def ImportSession(self, request_iterator, context):
         parts = list(request_iterator)
         self.requests.append(b"".join(part.chunk for part in parts))
         return sessions_pb2.ImportSessionResponse(
             session=types_pb2.Session(session_id="s9"), verdict=sessions_pb2.IMPORT_VERDICT_EXACT, tokens=7
         )
 
-    def VerifyStore(self, request, context):  # noqa: N802
+    def VerifyStore(self, request, context):
         self.requests.append(request)
         progress = admin_pb2.VerifyProgress(records_done=1, records_total=2)
         yield admin_pb2.VerifyStoreResponse(progress=progress)
