@@ -72,7 +72,7 @@ class AsyncClient:
         """Close the channel; streams that are open end with CANCELLED, and their turns run on."""
         await self._channel.close()
 
-    async def wait_ready(self, timeout: float = 60.0) -> None:
+    async def wait_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109 - as the synchronous client has it
         """Return once the server serves.
 
         Raises UnavailableError or DeadlineExceededError if it does not within about `timeout` seconds.

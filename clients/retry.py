@@ -53,6 +53,6 @@ class Attempts:
         longest = min(FIRST_DELAY * 2.0**self._failures, self._rule.longest_delay)
         self._failures += 1
         # Clients of a restarted server must not come back all at once.
-        delay = max(longest * random.uniform(0.5, 1.0), error.retry_after or 0.0)
+        delay = max(longest * random.uniform(0.5, 1.0), error.retry_after or 0.0)  # noqa: S311 - jitter, no secret
         left = self._failing_since + self._rule.seconds - now
         return delay if delay <= left else None
