@@ -19,9 +19,6 @@ from typing import Any
 
 from rich.console import Console
 
-# As `sessiond serve` sets it, for ourselves and for peers alike; before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
 

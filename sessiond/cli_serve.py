@@ -54,9 +54,10 @@ def serve(
 ) -> None:
     """Run the daemon until SIGTERM. Every flag is also an environment variable: SESSIOND_<FLAG>."""
     given = {name: value for name, value in locals().items() if value is not None}
-    # torch's threads wait for each other a thousand times a token. Spinning, they wait for a whole time slice whenever
-    # another process has one's core: 3.3 s instead of 38 ms a token was measured beside one busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch's threads wait for each other a thousand times a token, by default spinning for long: beside one busy
+    # process that costs a time slice each (3.3 s a token). A short spin costs nothing alone (decision 0006).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     try:
         from pydantic import ValidationError
 

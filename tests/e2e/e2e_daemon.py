@@ -24,7 +24,17 @@ from sessiond.v1 import admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc, types_p
 
 T = TypeVar("T")
 GATES: list[Gate] = []  # those of the running test
-PATIENCE = 60.0  # seconds after which a thing that should happen counts as not happening
+PATIENCE = 40.0  # seconds after which a thing that should happen counts as not happening
+
+
+@contextlib.asynccontextmanager
+async def patience(state: Callable[[], str]) -> AsyncIterator[None]:
+    """Fails, and says how things stand, when the block takes too long."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield
+    except TimeoutError:
+        pytest.fail(f"nothing happens any more: {state()}")
 
 
 @dataclass
@@ -81,7 +91,7 @@ class Stream:
 
     async def read(self, until: Callable[[Turn], bool] = lambda turn: False) -> Turn:
         """Take events until `until` holds or the stream ends; an error of the RPC is kept in `turn.error`."""
-        async with asyncio.timeout(PATIENCE):
+        async with patience(lambda: f"the stream has {self.turn.kinds}"):
             try:
                 while not until(self.turn):
                     event = await self.call.read()
