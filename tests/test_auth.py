@@ -31,6 +31,12 @@ def principals(**settings: Any) -> Principals:
     return Principals(Settings(**settings))
 
 
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"SESSIOND_{name.upper()}", raising=False)
+
+
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     path = tmp_path / "tokens.json"

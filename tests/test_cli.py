@@ -296,6 +296,7 @@ class Terminal:
     def __init__(self, *arguments: str) -> None:
         self.child, self.descriptor = os.forkpty()
         if self.child == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job starts with it ignored, and hands that on
             os.execv(sys.executable, [sys.executable, "-c", "from sessiond.cli import main; main()", *arguments])
         self.seen = ""
 
