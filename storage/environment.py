@@ -195,7 +195,16 @@ class Environment:
         except lmdb.Error as exc:
             self._fail(group, exc)
             return
-        applied = [batch for batch in group if self._apply(txn, batch)]
+        refused = [(batch, error) for batch in group if (error := self._apply(txn, batch)) is not None]
+        applied = [batch for batch in group if all(batch is not other for other, _ in refused)]
+        try:
+            self._commit_applied(txn, applied)
+        finally:
+            # Told only now: a refusal may rest on what another batch of this group wrote, which must be there to read.
+            for batch, error in refused:
+                batch.done.set_exception(error)
+
+    def _commit_applied(self, txn: WriteTxn, applied: list[_Batch]) -> None:
         try:
             if applied:
                 txn.commit()
@@ -214,8 +223,8 @@ class Environment:
         for batch in applied:
             batch.done.set_result(None)
 
-    def _apply(self, parent: WriteTxn, batch: _Batch) -> bool:
-        """Run one batch in a nested transaction, so that its failure is its own."""
+    def _apply(self, parent: WriteTxn, batch: _Batch) -> Exception | None:
+        """Run one batch in a nested transaction, so that its failure is its own; returns it."""
         txn = self._env.begin(write=True, parent=parent)
         try:
             for op in batch.ops:
@@ -223,10 +232,8 @@ class Environment:
             txn.commit()
         except Exception as exc:  # noqa: BLE001 - as any executor does: the submitter gets it
             txn.abort()
-            error = from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc
-            batch.done.set_exception(error)
-            return False
-        return True
+            return from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc
+        return None
 
     def _low_on_space(self, reserve_bytes: int) -> bool:
         try:
