@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 # Named after what decides what is installed: a change of any of it installs again, nothing else does.
-SOURCES := pyproject.toml constraints.txt $(wildcard setup.py kernels/*.c kernels/*.cpp kernels/*.h)
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard kernels/native/*)
 INSTALLED := $(VENV)/.installed-$(shell cat $(SOURCES) | cksum | tr -d ' ')
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 say = @printf '\033[1m==> %s\033[0m\n' $(1)
@@ -33,7 +33,7 @@ $(INSTALLED): $(SOURCES)
 	$(call say,"[1/4] environment $(VENV) with $(PYTHON)")
 	@test -x $(PY) || "$(PYTHON)" -m venv $(VENV)
 	$(call say,"[2/4] build tools")
-	@$(PIP) --quiet setuptools wheel
+	@$(PIP) --quiet setuptools wheel cffi
 	$(call say,"[3/4] torch: the largest part - some minutes the first time")
 	@$(PIP) --prefer-binary torch
 	$(call say,"[4/4] sessiond and the rest")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sessiond.storage.blocks import BlockStore
-from sessiond.storage.codec import Blosc2ShuffleZstd
+from sessiond.storage.codec import AnyCodec, Blosc2ShuffleZstd, ExponentPlanes
 from sessiond.storage.environment import Environment
 from sessiond.storage.kv import KVOwner, encode_kv, kv_digest
 from sessiond.types import Part
@@ -69,20 +69,20 @@ def restore_seconds(
     return best
 
 
-def measure(arrays: Arrays, n_cells: int, layout_k: str, folder: str, repeats: int) -> dict[str, object]:
+CODECS = (ExponentPlanes(), Blosc2ShuffleZstd())
+
+
+def measure(arrays: Arrays, n_cells: int, codec: AnyCodec, folder: str, repeats: int) -> dict[str, object]:
     n_source = arrays[0][0].shape[1] // CELL
-    codec_k = Blosc2ShuffleZstd(layout="channel" if layout_k == "channel" else "token")
     cells = [
         [(k[:, at : at + CELL], v[:, at : at + CELL]) for k, v in arrays]
         for at in ((cell % n_source) * CELL for cell in range(n_cells))
     ]
     owners = [KVOwner("bench", "cell", cell.to_bytes(16, "big")) for cell in range(n_cells)]
-    with contextlib.closing(Environment(os.path.join(folder, layout_k), map_bytes=16 << 30)) as env:
+    with contextlib.closing(Environment(os.path.join(folder, codec.name), map_bytes=16 << 30)) as env:
         blocks = BlockStore(env)
         started = time.perf_counter()
-        encoded = [
-            encode_kv(o, i * CELL, c, codec_k=codec_k) for i, (o, c) in enumerate(zip(owners, cells, strict=True))
-        ]
+        encoded = [encode_kv(o, i * CELL, c, codec=codec) for i, (o, c) in enumerate(zip(owners, cells, strict=True))]
         encode_s = time.perf_counter() - started
         started = time.perf_counter()
         for done in [blocks.write(cell.records) for cell in encoded]:
@@ -102,7 +102,7 @@ def measure(arrays: Arrays, n_cells: int, layout_k: str, folder: str, repeats: i
         kv_digest([(out[i, Part.K], out[i, Part.V]) for i in range(len(arrays))])
         digest_s = time.perf_counter() - started
         return {
-            "k_layout": layout_k,
+            "codec": codec.name,
             "raw_mb": round(raw / 1e6, 1),
             "ratio": round(coded / raw, 4),
             "ratio_on_disk": round(blocks.stat().used_bytes / raw, 4),
@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     arrays = from_file(options.kv) if options.kv else synthetic(8 * CELL)
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(arrays, options.cells, layout, folder, options.repeats) for layout in ("token", "channel")]
+        results = [measure(arrays, options.cells, codec, folder, options.repeats) for codec in CODECS]
     for result in results:
         print(result)
     summary = {

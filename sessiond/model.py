@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sessiond import attention
 from sessiond.cache import PackedCache, PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
+from sessiond.kernels.attention import Scratch
+from sessiond.kernels.linear import linear
+from sessiond.kernels.native_library import AVX512_BF16
 from sessiond.types import KVShape
 
 # Architectures proven against transformers' own generate (tests/test_architectures.py).
@@ -54,7 +57,7 @@ class Model:
                 )
         attention.register()
         module.set_attn_implementation(attention.NAME)
-        self.module = module.eval()
+        self.module = _with_few_row_linears(module.eval())
         self.config: PreTrainedConfig = config
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings
@@ -64,7 +67,7 @@ class Model:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=_DTYPE_NAMES[module.dtype],
         )
-        self._scratch = attention.Scratch()
+        self._scratch = Scratch()
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -138,6 +141,26 @@ class Model:
         return logits.float()
 
 
+class FewRowLinear(nn.Linear):
+    """nn.Linear by the kernel for few rows, on the weights it is given."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def _with_few_row_linears(module: Any) -> Any:
+    """The model with every nn.Linear replaced; names and weights stay."""
+    for name, child in list(module.named_modules()):
+        if type(child) is nn.Linear:
+            module.set_submodule(name, FewRowLinear(child))
+    return module
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a transformers directory. Raises ModelCorrupt."""
     try:
@@ -160,7 +183,8 @@ def numerics_profile(threads: int) -> dict[str, str]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "device": "cpu",
         "threads": str(threads),
-        "attention": "torch-mm-per-group",
+        "prefill": "torch",
+        "few_rows": "avx512_bf16" if AVX512_BF16 else "torch",
         "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
         "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
     }

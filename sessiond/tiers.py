@@ -19,6 +19,7 @@ import numpy as np
 from sessiond.cache import SessionCache
 from sessiond.errors import RecordCorrupt
 from sessiond.storage.batch import LogBatch
+from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.log import LogStore
 from sessiond.storage.prefix import prefix_hashes
@@ -72,6 +73,7 @@ class Tiers:
         self.store = store
         self.shape = shape
         self.capacity = capacity
+        self._codec = codec_for(shape.dtype)
         self.identity_id = identity_id
         self.profile_id = profile_id
         self.cell_tokens = store.cell_tokens
@@ -106,9 +108,10 @@ class Tiers:
 
         Fresh memory costs more than what is read into it: 10 to 400 ms for 6,000 tokens of the default model.
         """
-        probe = [(np.zeros((1, 8, 8), np.uint16), np.zeros((1, 8, 8), np.uint16))] * 2
+        frame = np.zeros((1, 8, 8), np.uint32 if self.shape.itemsize == 4 else np.uint16)
+        probe = [(frame, frame)] * 2
         owner = KVOwner("default", "cell", b"warm-up")
-        list(self._codecs.map(lambda _: encode_kv(owner, 0, probe), range(2 * self._workers)))
+        list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self._codec), range(2 * self._workers)))
         if self.shape.bytes_per_token * self.capacity <= spare_bytes:
             self._spare_allowed = True
             self._spare = self._map_cache(self.capacity)
@@ -223,7 +226,7 @@ class Tiers:
     ) -> tuple[CellRef, Future[None]]:
         start = cell * self.cell_tokens
         owner = KVOwner(tenant, "cell", prefix_hash)
-        coded = encode_kv(owner, start, cache.arrays(Span(start, start + self.cell_tokens)))
+        coded = encode_kv(owner, start, cache.arrays(Span(start, start + self.cell_tokens)), codec=self._codec)
         ref = CellRef(
             tenant=tenant,
             prefix_hash=prefix_hash,
@@ -251,7 +254,9 @@ class Tiers:
         generation = old.generation + 1 if old else 1
         log, written = LogBatch(), 0
         if arrays and arrays[0][0].shape[1]:
-            coded = encode_kv(KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays)
+            coded = encode_kv(
+                KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays, codec=self._codec
+            )
             self.store.blocks.write(coded.records).result()
             length = arrays[0][0].shape[1]
             written = coded.coded_bytes

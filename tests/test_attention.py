@@ -10,9 +10,10 @@ import torch
 from engine_harness import torch_threads
 from torch import Tensor
 
-from sessiond import attention
-from sessiond.attention import PackedStep, Scratch, attend, sessiond_attention
+from sessiond.attention import PackedStep, attend, sessiond_attention
 from sessiond.cache import PackedSpan, SessionCache
+from sessiond.kernels import attention as kernel
+from sessiond.kernels.attention import Scratch
 from sessiond.types import KVShape
 
 CAPACITY = 640
@@ -124,18 +125,19 @@ def test_every_element_of_output_and_scratch_is_written(window, monkeypatch):
     expected = run(cache, query, 131, window)
     scratch = Scratch()
     for name in ("scores", "weights"):
-        scratch.take(name, 1000, 1000, query).fill_(torch.nan)
-    monkeypatch.setattr(attention.torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+        scratch.take(name, 1 << 20, query.dtype).fill_(torch.nan)
+    monkeypatch.setattr(kernel.torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
     assert torch.equal(run(cache, query, 131, window, scratch), expected)
 
 
 def test_scratch_grows_and_follows_the_dtype():
-    scratch, like = Scratch(), torch.empty(0)
-    small = scratch.take("scores", 2, 3, like)
-    assert scratch.take("scores", 3, 2, like).data_ptr() == small.data_ptr()
-    assert scratch.take("scores", 100, 100, like).shape == (100, 100)
-    assert scratch.take("scores", 2, 3, like.bfloat16()).dtype == torch.bfloat16
-    assert scratch.take("weights", 2, 3, like).data_ptr() != scratch.take("scores", 2, 3, like).data_ptr()
+    scratch = Scratch()
+    small = scratch.take("scores", 6, torch.float32)
+    assert scratch.take("scores", 5, torch.float32).data_ptr() == small.data_ptr()
+    assert scratch.take("scores", 10000, torch.float32).shape == (10000,)
+    assert scratch.take("scores", 6, torch.bfloat16).dtype == torch.bfloat16
+    other = scratch.take("weights", 6, torch.bfloat16)
+    assert other.data_ptr() != scratch.take("scores", 6, torch.bfloat16).data_ptr()
 
 
 # rows of a packed step of 12, as (start, end, length of the session with the new tokens)

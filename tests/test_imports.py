@@ -60,7 +60,7 @@ KNOWS: dict[str, list[str]] = {
     "clients.*": ["clients.*", "v1.*"],
     "policies.*": ["policies.*", "kernels.*", "errors", "types"],
     "kernels.*": ["kernels.*", "errors", "types"],
-    "storage.*": ["storage.*", "errors", "types", "config"],
+    "storage.*": ["storage.*", "kernels.*", "errors", "types", "config"],
     "config": ["errors", "types"],
     "cli_*": ["cli_*", "doctor", "doctor_*", "server", "config", "modelstore", "clients.*", "v1.*", "errors"],
 }

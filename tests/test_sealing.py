@@ -17,6 +17,7 @@ from engine_harness import CELL, Session, StepSpy, digest, drain, make_pair, ran
 from sessiond.cache import SessionCache
 from sessiond.model import Model
 from sessiond.scheduler import CellSealed, Scheduler
+from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import RevisionRecord
@@ -217,7 +218,8 @@ def restore(path: Path, model: Model, log: list[int]) -> tuple[Session, Restorat
 
 def damage(path: Path, session: Session, owner: KVOwner, start: int, end: int) -> None:
     """Write a record of `owner` again with one bit flipped in its last frame."""
-    key, value = encode_kv(owner, start, session.cache.arrays(Span(start, end))).records[-1]
+    arrays = session.cache.arrays(Span(start, end))
+    key, value = encode_kv(owner, start, arrays, codec=codec_for(session.cache.shape.dtype)).records[-1]
     with open_tiers(path, session.model) as tiers:
         tiers.store.blocks.write([(key, value[:-1] + bytes([value[-1] ^ 1]))]).result()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from sessiond.kernels.native_library import BUILT
 
 ROOT = Path(__file__).resolve().parents[1]
 SKIPPED = shutil.ignore_patterns(
@@ -53,6 +56,32 @@ def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     found = {name for name in wheel_files(built) if ".dist-info/" not in name}
     libraries = {name for name in found if name.startswith("sessiond/kernels/") and name.endswith(".so")}
     assert found - libraries == expected()
+    assert bool(libraries) == BUILT  # the compiler that built what runs here builds it again
+
+
+def test_without_a_compiler_the_package_still_installs(built: Path, tmp_path: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(sdist),
+    ]
+    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "from sessiond.kernels.native_library import BUILT, AVX512_BF16; assert not BUILT and not AVX512_BF16"
+    command = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_nothing_generic_can_be_imported(built: Path) -> None:
@@ -83,7 +112,13 @@ def test_sdist_can_build_the_wheel(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "LICENSE", "sessiond/errors.py", "storage/__init__.py"} <= names
+    assert {
+        "pyproject.toml",
+        "LICENSE",
+        "sessiond/errors.py",
+        "storage/__init__.py",
+        "kernels/native/native.h",
+    } <= names
 
 
 def test_installed_wheel_imports(built: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from storage_samples import BLOCK_MAP, LOG_MAP, cell_ref, kv_arrays, revision
 
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.blocks import BlockStore
+from sessiond.storage.codec import Raw
 from sessiond.storage.environment import Environment
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.log import LogStore
@@ -27,7 +28,9 @@ def main(root: str, first: int) -> None:
         done.add_done_callback(lambda _, turn=turn: os.write(1, b"t%d\n" % turn))
         if turn % 4 == 0:
             # Blocks first, then the reference to them.
-            blocks.write(encode_kv(KVOwner("t", "cell", digest), 0, kv_arrays(2, n=8, seed=turn)).records).result()
+            blocks.write(
+                encode_kv(KVOwner("t", "cell", digest), 0, kv_arrays(2, n=8, seed=turn), codec=Raw()).records
+            ).result()
             reference = LogBatch()
             reference.put_cell_ref(cell_ref(prefix_hash=digest))
             log.write(reference).result()

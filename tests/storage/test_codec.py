@@ -7,7 +7,15 @@ import time
 import numpy as np
 import pytest
 
-from sessiond.storage.codec import CODECS, Blosc2ShuffleZstd, Raw, codec_config, codec_from_config
+from sessiond.storage.codec import (
+    CODECS,
+    Blosc2ShuffleZstd,
+    ExponentPlanes,
+    Raw,
+    codec_config,
+    codec_for,
+    codec_from_config,
+)
 
 ALL = [Raw(), Raw("channel"), Blosc2ShuffleZstd(), Blosc2ShuffleZstd(clevel=5, typesize=4, layout="channel")]
 
@@ -22,7 +30,15 @@ def test_frames_round_trip(codec, shape, dtype):
     np.testing.assert_array_equal(out, frame)
 
 
-@pytest.mark.parametrize("codec", ALL)
+def test_bf16_is_written_as_exponent_planes_and_other_types_are_not():
+    assert codec_for("bfloat16") == ExponentPlanes()
+    assert codec_for("float16") == Blosc2ShuffleZstd(typesize=2)
+    assert codec_for("float32") == Blosc2ShuffleZstd(typesize=4)
+    with pytest.raises(ValueError, match="2 bytes"):
+        ExponentPlanes().decode(memoryview(b""), np.zeros((1, 1, 8), np.uint32))
+
+
+@pytest.mark.parametrize("codec", [*ALL, ExponentPlanes()])
 def test_a_config_names_its_codec(codec):
     assert codec_from_config(json.loads(json.dumps(codec_config(codec)))) == codec
 
@@ -34,6 +50,7 @@ def test_a_config_names_its_codec(codec):
         {"name": "zip", "layout": "token"},
         {"name": "raw"},
         {"name": "raw", "layout": "odd"},
+        {"name": "exponent-planes", "layout": "channel"},
         {"name": "raw", "layout": "token", "x": 1},
     ],
 )
@@ -43,7 +60,7 @@ def test_unknown_configs_are_refused(config):
 
 
 def test_the_registry_is_complete():
-    assert {cls.name: cls for cls in (Raw, Blosc2ShuffleZstd)} == CODECS
+    assert {cls.name: cls for cls in (Raw, Blosc2ShuffleZstd, ExponentPlanes)} == CODECS
 
 
 @pytest.mark.parametrize("codec", ALL)

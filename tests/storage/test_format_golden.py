@@ -58,9 +58,7 @@ def test_a_session_of_format_1_is_still_read():
 
 def test_a_kv_record_of_format_1():
     arrays = [(np.array([[[1, 2], [3, 4], [5, 6]]], np.uint16), np.zeros((1, 3, 2), np.uint16))]
-    encoded = encode_kv(
-        KVOwner("t", "tail", b"rev", 7), 128, arrays, codec_k=Raw(layout="channel"), codec_v=Raw(layout="channel")
-    )
+    encoded = encode_kv(KVOwner("t", "tail", b"rev", 7), 128, arrays, codec=Raw(layout="channel"))
     key, value = encoded.records[0]
     assert key == b"\x01t" + b"T" + b"\x03rev" + (7).to_bytes(8, "big") + (128).to_bytes(8, "big") + b"\0" * 5
     assert envelope.unpack(key, memoryview(value)).header == {

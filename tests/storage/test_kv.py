@@ -6,7 +6,7 @@ from storage_samples import all_values, assert_kv_equal, destinations, kv_arrays
 
 from sessiond import errors
 from sessiond.storage import envelope, keys, kv
-from sessiond.storage.codec import Blosc2ShuffleZstd, Raw
+from sessiond.storage.codec import Blosc2ShuffleZstd, ExponentPlanes, Raw
 from sessiond.storage.kv import KVOwner, encode_kv, kv_digest
 from sessiond.types import Part
 
@@ -16,7 +16,7 @@ TAIL = KVOwner("t", "tail", b"r1", 3)
 
 def store(blocks, owner=CELL, start=0, arrays=None, **options):
     arrays = kv_arrays() if arrays is None else arrays
-    encoded = encode_kv(owner, start, arrays, **options)
+    encoded = encode_kv(owner, start, arrays, **{"codec": Blosc2ShuffleZstd(), **options})
     blocks.write(encoded.records).result()
     return encoded
 
@@ -27,7 +27,7 @@ def store(blocks, owner=CELL, start=0, arrays=None, **options):
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_kv_round_trips_whatever_codec_layout_and_length(blocks, layout, codec, n, dtype):
     arrays = kv_arrays(n=n, D=24, dtype=dtype)
-    encoded = store(blocks, TAIL, 128, arrays, codec_k=codec(layout=layout), codec_v=codec(layout=layout))
+    encoded = store(blocks, TAIL, 128, arrays, codec=codec(layout=layout))
     buffers, out = destinations(n=n, D=24, dtype=dtype)
     assert blocks.read_into(TAIL, 128, n, 3, out) == encoded.coded_bytes
     assert_kv_equal(buffers, arrays)
@@ -38,9 +38,9 @@ def test_kv_round_trips_whatever_codec_layout_and_length(blocks, layout, codec, 
 def test_sources_and_destinations_may_have_any_strides(blocks):
     whole = kv_arrays(n=200, D=32)
     arrays = [(k[:, 50:113], v[:, 113:50:-1]) for k, v in whole]
-    for layout in ("token", "channel"):
-        owner = KVOwner("t", "cell", layout.ljust(16).encode())
-        encoded = store(blocks, owner, 0, arrays, codec_k=Blosc2ShuffleZstd(layout=layout))
+    for i, codec in enumerate([Blosc2ShuffleZstd(), Blosc2ShuffleZstd(layout="channel"), ExponentPlanes()]):
+        owner = KVOwner("t", "cell", bytes([i] * 16))
+        encoded = store(blocks, owner, 0, arrays, codec=codec)
         assert encoded.kv_digest == kv_digest([(k.copy(), v.copy()) for k, v in arrays])
         # K lands in a channel-major buffer, V inside a longer one; canaries must survive.
         k_store = np.full((3, 2, 32, 100), 9, np.uint16)
@@ -66,17 +66,19 @@ def test_layers_of_different_shapes_get_their_own_records(blocks):
     assert_kv_equal(buffers, arrays)
 
 
-def test_records_of_the_default_model_are_256_kib_to_1_mib():
+@pytest.mark.parametrize("codec", [ExponentPlanes(), Blosc2ShuffleZstd()])
+def test_records_of_the_default_model_are_256_kib_to_1_mib(codec):
     arrays = kv_arrays(30, G=3, n=128, D=64)
-    encoded = encode_kv(CELL, 0, arrays)
+    encoded = encode_kv(CELL, 0, arrays, codec=codec)
     assert len(encoded.records) == 4
     assert all(256 << 10 <= len(value) <= 1 << 20 for _, value in encoded.records)
     on_disk = sum(-(-(len(value) + 16) // 4096) * 4096 for _, value in encoded.records)
     assert on_disk < encoded.raw_bytes
 
 
-def test_encoding_is_pure():
-    assert encode_kv(CELL, 0, kv_arrays()) == encode_kv(CELL, 0, kv_arrays())
+@pytest.mark.parametrize("codec", [ExponentPlanes(), Blosc2ShuffleZstd()])
+def test_encoding_is_pure(codec):
+    assert encode_kv(CELL, 0, kv_arrays(), codec=codec) == encode_kv(CELL, 0, kv_arrays(), codec=codec)
 
 
 def test_the_digest_sees_every_change():
@@ -90,10 +92,10 @@ def test_the_digest_sees_every_change():
     assert kv_digest(arrays[::-1]) != digest
 
 
-@pytest.mark.parametrize("codec", [Raw(), Blosc2ShuffleZstd()])
+@pytest.mark.parametrize("codec", [Raw(), Blosc2ShuffleZstd(), ExponentPlanes()])
 def test_damage_anywhere_in_any_record_is_found_and_named(blocks, block_env, codec):
     arrays = kv_arrays(2, n=9)
-    store(blocks, CELL, 0, arrays, codec_k=codec, codec_v=codec)
+    store(blocks, CELL, 0, arrays, codec=codec)
     buffers, out = destinations(2, n=9)
     for key, value in all_values(block_env).items():
         head = envelope.HEAD_BYTES + 300
@@ -119,7 +121,7 @@ def test_damage_anywhere_in_any_record_is_found_and_named(blocks, block_env, cod
 
 def test_without_the_frame_checksum_a_flip_is_silent(blocks, block_env, monkeypatch):
     arrays = kv_arrays(2, n=9)
-    store(blocks, CELL, 0, arrays, codec_k=Raw(), codec_v=Raw())
+    store(blocks, CELL, 0, arrays, codec=Raw())
     key, value = next(iter(all_values(block_env).items()))
     overwrite(block_env, key, value[:-1] + bytes([value[-1] ^ 1]))
     monkeypatch.setattr(kv, "_authentic", lambda *_: True)
@@ -160,7 +162,7 @@ def test_records_swapped_within_one_owner_are_refused(blocks, block_env):
 
 
 def test_frames_swapped_within_one_record_are_refused(blocks, block_env):
-    store(blocks, codec_k=Raw(), codec_v=Raw())
+    store(blocks, codec=Raw())
     key, value = next(iter(all_values(block_env).items()))
     size = 2 * 63 * 16 * 2
     at = len(value) - 3 * size

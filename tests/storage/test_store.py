@@ -12,6 +12,7 @@ from storage_samples import BLOCK_MAP, LOG_MAP, assert_kv_equal, destinations, k
 from sessiond import errors
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionKey, SessionRow
+from sessiond.storage.codec import Raw
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.store import Store
 
@@ -28,7 +29,7 @@ def test_everything_survives_closing_and_opening(tmp_path):
         batch.put_revision(revision(), b"messages")
         batch.append_tokens("t", "r1", 0, np.arange(3))
         store.log.write(batch).result()
-        store.blocks.write(encode_kv(owner, 0, arrays).records).result()
+        store.blocks.write(encode_kv(owner, 0, arrays, codec=Raw()).records).result()
         assert store.free_bytes() > 0
     with open_store(tmp_path / "deep" / "data") as store:
         assert store.log.session("t", "s1") == session()
