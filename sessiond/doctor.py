@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sessiond.doctor_check import Check, Verdict
-from sessiond.doctor_machine import check_cpu, check_libraries, check_memory, check_python, check_sqlite
+from sessiond.doctor_machine import check_cpu, check_kernels, check_libraries, check_memory, check_python, check_sqlite
 from sessiond.doctor_place import check_data_dir, check_database, check_disk, check_model, check_port
 
 __all__ = ["Check", "Subject", "Verdict", "examine"]
@@ -36,6 +36,7 @@ def examine(subject: Subject) -> list[Check]:
         check_libraries,
         check_sqlite,
         lambda: check_cpu(subject.threads),
+        check_kernels,
         lambda: check_memory(subject.memory_budget_bytes),
         lambda: check_data_dir(subject.data_dir),
         lambda: check_disk(subject.data_dir),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sessiond.doctor_check import Check, Verdict, show_bytes
+from sessiond.kernels.native_library import AVX512_BF16, BUILT
 
 MIN_PYTHON = (3, 11)
 #: Earlier builds can corrupt a WAL when two connections write or checkpoint at once.
@@ -100,6 +101,17 @@ def check_cpu(threads: int, cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[C
         yield Check("threads", Verdict.WARN, f"{threads} threads on {cores} usable cores", mend)
     else:
         yield Check("threads", Verdict.OK, f"{threads} on {cores} usable cores")
+
+
+def check_kernels() -> Iterator[Check]:
+    """Whether the compiled kernels are there and this processor runs them."""
+    if not BUILT:
+        mend = "install a C compiler, then sessiond again: without its kernels it computes with torch, slower"
+        yield Check("kernels", Verdict.WARN, "not compiled", mend)
+    elif not AVX512_BF16:
+        yield Check("kernels", Verdict.OK, "compiled; no AVX-512 BF16 here, torch computes")
+    else:
+        yield Check("kernels", Verdict.OK, "compiled, AVX-512 BF16")
 
 
 def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

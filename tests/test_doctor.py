@@ -17,7 +17,7 @@ from sessiond.doctor import Subject, Verdict, examine
 from sessiond.doctor_check import Check
 
 NAMES = [
-    "python", "libraries", "sqlite", "cpu", "threads", "memory", "data directory", "disk", "database", "model", "port",
+    "python", "libraries", "sqlite", "cpu", "threads", "kernels", "memory", "data directory", "disk", "database", "model", "port",
 ]  # fmt: skip
 
 
@@ -108,6 +108,14 @@ def test_cpu_without_vectors_and_too_many_threads_warn(tmp_path: Path) -> None:
     cpu, threads = doctor_machine.check_cpu(1, info)
     assert (cpu.found, threads.verdict) == ("avx2 avx512_bf16", Verdict.OK)
     assert next(doctor_machine.check_cpu(1, tmp_path / "none")).verdict is Verdict.OK
+
+
+def test_kernels_that_were_not_compiled_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_machine, "BUILT", True)
+    monkeypatch.setattr(doctor_machine, "AVX512_BF16", False)
+    assert only(doctor_machine.check_kernels()).verdict is Verdict.OK
+    monkeypatch.setattr(doctor_machine, "BUILT", False)
+    assert "compiler" in only(doctor_machine.check_kernels()).mend
 
 
 def test_cores_follow_the_container_quota(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from storage_samples import session
 
 from sessiond.storage import envelope, keys
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.codec import Raw
+from sessiond.storage.codec import ExponentPlanes, Raw
 from sessiond.storage.kv import KVOwner, encode_kv, open_record
 from sessiond.storage.records import SessionRecord, from_header
 from sessiond.types import Part
@@ -71,6 +71,22 @@ def test_a_kv_record_of_format_1():
     out = np.zeros((1, 3, 2), np.uint16)
     open_record(key, memoryview(value)).decode(0, out, np.empty(64, np.uint8))
     assert (out == arrays[0][Part.K]).all()
+
+
+def test_a_frame_of_exponent_planes():
+    """Worked out by hand from docs/format.md."""
+    frame = np.array([[[0x3F80, 0xC049], [0x3F00, 0x0000], [0xBE85, 0x4100]]], np.uint16)
+    coded = bytes.fromhex(
+        "02"  # two bits a value: distances 0 2 1 escape 2 0
+        "7f82"  # bases
+        "00c900008500"  # signs and mantissas
+        "0c1a"  # planes
+        "00"  # the exponent of zero
+    )
+    assert ExponentPlanes().encode(frame) == coded
+    out = np.empty_like(frame)
+    ExponentPlanes().decode(memoryview(coded), out)
+    assert (out == frame).all()
 
 
 def test_kind_bytes_are_never_reused():
