@@ -17,8 +17,8 @@ from sessiond.doctor import Subject, Verdict, examine
 from sessiond.doctor_check import Check
 
 NAMES = [
-    "python", "libraries", "sqlite", "cpu", "threads", "kernels", "memory", "data directory", "disk", "database", "model",
-    "port",
+    "python", "libraries", "sqlite", "cpu", "threads", "kernels", "memory", "data directory", "disk", "database",
+    "model", "port",
 ]  # fmt: skip
 
 
