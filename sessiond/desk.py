@@ -60,6 +60,7 @@ class Desk:
         self.turns: dict[str, Turn] = {}
         self.lives: dict[Key, Live] = {}
         self.restored_tokens = 0
+        self.reused_tokens = 0
         self._loop = asyncio.get_running_loop()
         self._sealed: dict[str, asyncio.Future[None]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="store")

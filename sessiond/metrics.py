@@ -27,6 +27,7 @@ class DeskCollector(Collector):
             ("sealed", counters.sealed),
             ("recomputed", counters.recomputed),
             ("restored", desk.restored_tokens),
+            ("reused", desk.reused_tokens),
         ):
             tokens.add_metric([work], count)
         yield tokens

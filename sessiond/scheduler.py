@@ -58,15 +58,6 @@ class TokenOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefilled:
-    """The prompt is computed; `computed` positions were fed, `recomputed` of them had been computed before."""
-
-    turn_id: str
-    computed: int
-    recomputed: int
-
-
-@dataclass(frozen=True, slots=True)
 class Ended:
     """The turn takes part in no further step. `error` only when a step raised."""
 
@@ -85,7 +76,7 @@ class CellSealed:
     error: Exception | None = None
 
 
-Event = TokenOut | Prefilled | Ended | CellSealed
+Event = TokenOut | Ended | CellSealed
 
 
 class TurnWork:
@@ -93,7 +84,7 @@ class TurnWork:
 
     `tokens`: all log tokens up to the end of the prompt. `logged`: tokens this turn generated before it was
     interrupted; they are fed one at a time, as when they were sampled, so that sampling goes on as if nothing happened.
-    `known`: positions whose KV had been computed before; computing them again is counted.
+    `known`: positions of the history whose KV had been computed before; computing them again is counted.
     """
 
     def __init__(
@@ -123,8 +114,8 @@ class TurnWork:
         self.stream = stream
         self.generated = 0
         self.replayed: list[TokenOut] = []
-        self._computed = 0
-        self._recomputed = 0
+        # A turn that has logged tokens had computed its prompt, and all of those tokens but the last.
+        self._computed_before = len(tokens) + len(logged) - 1 if logged else known
         for token in logged:
             self._replay(token)
         self._plan(list(logged), cell_tokens, seal)
@@ -159,13 +150,14 @@ class TurnWork:
         self.pieces = deque(plan_prefill(cache.sealed, have, n_prompt, cell_tokens, seal))
         self.pending = deque(logged[max(0, have - n_prompt) :])
 
-    def after_piece(self, piece: Piece) -> list[Event]:
+    def recomputed(self, start: int, end: int) -> int:
+        """How many of the positions [start, end) had been computed before this work began."""
+        return max(0, min(end, self._computed_before) - start)
+
+    def after_piece(self, piece: Piece) -> None:
         self.cache.length = piece.end
         if piece.canonical:
             self.cache.sealed = piece.end
-        self._computed += piece.end - piece.start
-        self._recomputed += max(0, min(piece.end, self.known) - piece.start)
-        return [] if self.pieces else [Prefilled(self.turn_id, self._computed, self._recomputed)]
 
     def accept(self, sampled: Sampled) -> tuple[list[Event], bool]:
         """Take a sampled token; returns the events and whether the turn is over."""
@@ -204,10 +196,10 @@ class SealWork:
 class Counters:
     """Totals since start, in tokens or steps."""
 
-    prefilled: int = 0
-    recomputed: int = 0
-    decoded: int = 0
-    sealed: int = 0
+    prefilled: int = 0  # positions computed in pieces, those computed again included
+    recomputed: int = 0  # positions that turns computed again: made canonical, or lost with the memory that held them
+    decoded: int = 0  # tokens sampled
+    sealed: int = 0  # positions sealed behind the turns; those of canonical prefill pieces are not among them
     steps: int = 0
 
 
@@ -276,14 +268,15 @@ class Scheduler:
         wants_token = last and not work.pending
         feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start)
         logits = self.model.step([feed], [piece.end - piece.start - 1] if wants_token else [])
-        events = work.after_piece(piece)
+        work.after_piece(piece)
         self.counters.prefilled += piece.end - piece.start
+        self.counters.recomputed += work.recomputed(piece.start, piece.end)
+        events: list[Event] = []
         if last:
             self.prefilling.popleft()
             over = False
             if wants_token:
-                more, over = self._sample(work, logits[0])
-                events += more
+                events, over = self._sample(work, logits[0])
             if not over:
                 self.decoding.append(work)
         elif len(self.prefilling) > 1:
@@ -296,7 +289,7 @@ class Scheduler:
         logits = self.model.step(feeds, rows)
         for work in works:
             work.cache.length += 1
-        self.counters.decoded += len(rows)
+            self.counters.recomputed += work.recomputed(work.cache.length - 1, work.cache.length)
         events: list[Event] = []
         for i, row in enumerate(rows):
             work = works[row]
@@ -306,11 +299,12 @@ class Scheduler:
                 self.decoding.remove(work)
         return events
 
-    @staticmethod
-    def _sample(work: TurnWork, logits: Tensor) -> tuple[list[Event], bool]:
+    def _sample(self, work: TurnWork, logits: Tensor) -> tuple[list[Event], bool]:
         """The turn's next token from logits [V]. What raises here ends this turn only: the step's KV is good."""
         try:
-            return work.accept(work.sampler.sample(logits, work.generated))
+            sampled = work.sampler.sample(logits, work.generated)
+            self.counters.decoded += 1
+            return work.accept(sampled)
         except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
             return [Ended(work.turn_id, FinishReason.ABORTED, error=error)], True
 

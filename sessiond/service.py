@@ -216,6 +216,7 @@ class AdminService(AdminServicer):
                 restored=desk.restored_tokens,
                 recomputed=counters.recomputed,
                 sealed=counters.sealed,
+                reused=desk.reused_tokens,
             ),
             gauges={"kv_coded_page_bytes": float(usage.coded_pages), "engine_steps": float(counters.steps)},
             sample_time=wire.timestamp(desk.now_us()),

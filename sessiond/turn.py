@@ -22,7 +22,7 @@ from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Una
 from sessiond.live import Live, computed_upto, touched
 from sessiond.messages import encode_messages
 from sessiond.sampling import Sampled, Sampler, SamplingParams
-from sessiond.scheduler import Ended, Event, Prefilled, TokenOut, TurnWork
+from sessiond.scheduler import Ended, Event, TokenOut, TurnWork
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.records import RequestRecord, RequestState, RevisionRecord, SessionRecord
 from sessiond.template import Message
@@ -269,6 +269,7 @@ class Turn:
             self._explain_restoration(self.restored, work)
             if not (self.restored.tokens_restored or self.restored.recomputed):
                 self.restored = None  # there was nothing to restore
+        self.desk.reused_tokens += len(tokens) - computed
         self._accept(new=computed, reused=len(tokens) - computed)
         if work.ended_before:
             self._ended.set_result(work.ended_before)
@@ -318,10 +319,6 @@ class Turn:
             self._log_token(event)
         elif isinstance(event, Ended) and not self._ended.done():
             self._ended.set_result(event)
-        elif isinstance(event, Prefilled):
-            resealed = event.recomputed
-            if resealed and self.accepted and not self.restored:
-                log.debug("provisional tokens recomputed canonically", turn=self.turn_id, tokens=resealed)
 
     def _log_token(self, event: TokenOut) -> None:
         self.generated.append(event.sampled.token_id)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from sessiond.model import Model
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import CellSealed, Ended, Piece, Prefilled, Scheduler, TokenOut, plan_prefill
+from sessiond.scheduler import CellSealed, Ended, Piece, Scheduler, TokenOut, plan_prefill
 from sessiond.types import FinishReason
 
 
@@ -133,8 +133,7 @@ def test_a_turn_step_by_step(model, spy):
     scheduler.add(session.turn(random_ids(300, seed=1), 3))
     assert scheduler.step() == scheduler.step() == []
     assert (session.cache.sealed, session.cache.length) == (256, 256)
-    prefilled, first = scheduler.step()
-    assert prefilled == Prefilled("s", computed=300, recomputed=0)
+    (first,) = scheduler.step()
     assert isinstance(first, TokenOut)
     assert first.index == 0
     events = drain(scheduler)
@@ -143,16 +142,36 @@ def test_a_turn_step_by_step(model, spy):
     assert sizes(spy) == [[128], [128], [44], [1], [1]]
     assert (session.cache.sealed, session.cache.length) == (256, 302), "the last token was not fed"
     counters = scheduler.counters
-    assert (counters.prefilled, counters.decoded, counters.sealed, counters.steps) == (300, 2, 0, 5)
+    assert (counters.prefilled, counters.decoded, counters.steps) == (300, 3, 5)
+    assert (counters.recomputed, counters.sealed) == (0, 0)
 
 
-def test_recomputed_tokens_are_counted(model):
+def test_positions_made_canonical_are_counted_at_the_step_that_computes_them_again(model):
     session, scheduler = Session(model), Scheduler(model, CELL)
-    session.run(random_ids(100, seed=1), 5)
-    assert session.cache.length == 104
+    session.run(random_ids(200, seed=1), 5)
+    assert (session.cache.sealed, session.cache.length) == (CELL, 204)
     scheduler.add(session.turn(random_ids(200, seed=2), 1))
-    prefilled = next(event for event in drain(scheduler) if isinstance(event, Prefilled))
-    assert prefilled == Prefilled("s", computed=305, recomputed=104)
+    counts = []
+    while not scheduler.idle:
+        scheduler.step()
+        counts.append((scheduler.counters.prefilled, scheduler.counters.recomputed))
+    assert counts == [(128, 76), (256, 76), (277, 76)], "positions 128 to 204 were there; 405 are there now"
+
+
+@pytest.mark.parametrize(("kv", "recomputed"), [("kept", 0), ("lost", 300 + 8)])
+def test_positions_that_a_resumed_turn_had_computed_are_counted(model, kv, recomputed):
+    """The last of its logged tokens had been sampled, not fed."""
+    session, scheduler = Session(model), Scheduler(model, CELL)
+    tokens = session.run(random_ids(300, seed=1), 9)
+    assert session.cache.length == 300 + 8
+    if kv == "lost":
+        session = Session(model, log=session.log[:300])
+    else:
+        session.log = session.log[:300]
+    scheduler.add(session.turn([], 12, logged=tokens))
+    drain(scheduler)
+    assert scheduler.counters.recomputed == recomputed
+    assert scheduler.counters.decoded == 3
 
 
 def test_prefills_take_turns_and_decoding_goes_on(model, spy):
@@ -358,8 +377,8 @@ def test_a_sampler_that_raises_on_the_first_token(model):
 
     session.sampler.sample = broken
     events = drain(scheduler)
-    assert [type(event) for event in events] == [Prefilled, Ended]
-    assert str(events[1].error) == "logits hold NaN"
+    assert [type(event) for event in events] == [Ended]
+    assert str(events[0].error) == "logits hold NaN"
 
 
 def test_sealing_that_raises_ends_that_sealing_only(model, spy):

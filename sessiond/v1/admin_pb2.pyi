@@ -499,13 +499,13 @@ class TokenTotals(_message.Message):
     SEALED_FIELD_NUMBER: _builtins.int
     REUSED_FIELD_NUMBER: _builtins.int
     prefilled: _builtins.int
-    """Input tokens computed."""
+    """Tokens computed from input and history, those computed again included."""
     decoded: _builtins.int
     """Tokens generated."""
     restored: _builtins.int
     """Tokens whose state was fetched from disk."""
     recomputed: _builtins.int
-    """Tokens whose state was computed again."""
+    """Tokens whose state a turn computed again: canonically, after a short input; or because it was lost or damaged."""
     sealed: _builtins.int
     """Tokens sealed: computed canonically behind the turns."""
     reused: _builtins.int

@@ -119,8 +119,9 @@ class TestWhatItSaysOfItself:
         assert (now.turns_running, now.turns_queued, now.turns_suspended) == (0, 0, 0)
         assert now.memory_bytes_by_tier["device"] == settled.bytes_hot
         assert now.memory_budget_bytes_by_tier["device"] == daemon.settings.memory_budget_bytes
-        assert now.tokens.prefilled >= turn.accepted.prompt_tokens_new
-        assert now.tokens.decoded + 1 >= 8
+        assert now.tokens.prefilled == turn.accepted.prompt_tokens_new
+        assert now.tokens.reused == turn.accepted.prompt_tokens_reused == 0
+        assert now.tokens.decoded == 8
         assert now.tokens.sealed + now.tokens.prefilled >= settled.exact_upto
         assert now.disk.kv_raw_bytes > 0
         assert now.disk.kv_coded_bytes > 0
@@ -129,8 +130,25 @@ class TestWhatItSaysOfItself:
         assert now.HasField("uptime")
         await peer.suspend(session)
         await peer.turn(session, "And?", max_tokens=2)
-        assert (await stats()).tokens.restored == settled.token_count - 1
+        then = (await stats()).tokens
+        assert then.restored == then.reused == settled.token_count - 1
+        assert then.recomputed == 0
         assert cold.session_id
+
+    async def test_its_stats_count_what_a_turn_computed_again(self, daemons: Daemons):
+        """A short turn's KV is provisional; a long input behind it makes it canonical before anything seals it."""
+        daemon = await daemons.start(settle_seconds=600)
+        async with peer_of(daemon.port) as peer:
+            session = (await peer.create(system="Be brief.")).session_id
+            short = await peer.turn(session, "Tell me", max_tokens=8)
+            stats = await peer.call(peer.admin.GetStats, admin_pb2.GetStatsRequest())
+            assert stats.tokens.recomputed == 0
+            long = await peer.turn(session, "word " * 60, max_tokens=2)
+            computed = short.finished.committed_tokens - 1  # its last token was sampled, not fed
+            stats = await peer.call(peer.admin.GetStats, admin_pb2.GetStatsRequest())
+            assert 0 < computed < 128
+            assert stats.tokens.recomputed == computed
+            assert long.accepted.prompt_tokens_reused == 0
 
     async def test_a_running_turn_is_not_counted_as_suspended(self, peer: Peer, daemon):
         session = (await peer.create(system="Be brief.")).session_id
