@@ -47,15 +47,16 @@ class SessionsStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SessionsAsyncStub: ...
     CreateSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CreateSessionRequest, _types_pb2.Session]
-    """Makes a session and commits its root revision durably; nothing is computed yet.
+    """Makes a session and commits its root revision durably; nothing is computed yet. Without system prompt, messages or
+    tokens the root is empty, and the first turn begins the conversation.
 
     Idempotent by `request_id`, for as long as the session exists: the same request again returns the session it made.
     Without one a retry may make a second session.
 
-    * INVALID_ARGUMENT / EMPTY_INPUT: no system prompt, message or token. BAD_MESSAGE: the template refuses the
-      messages. BAD_TOKENS: an id outside the vocabulary. CONTEXT_TOO_LONG: no room for one token. UNKNOWN_POLICY.
-      REQUEST_ID_REUSED: this id came with a different request. BAD_REQUEST: messages and token ids both given, a bad
-      label or expiry.
+    * INVALID_ARGUMENT / EMPTY_INPUT: `token_ids` is set and empty, or a user's message has no content. BAD_MESSAGE:
+      the template refuses the messages. BAD_TOKENS: an id outside the vocabulary. CONTEXT_TOO_LONG: no room for one
+      token. UNKNOWN_POLICY. REQUEST_ID_REUSED: this id came with a different request. BAD_REQUEST: messages and token
+      ids both given, a bad label or expiry.
     * FAILED_PRECONDITION / MODEL_MISSING: the server does not serve `model` or `adapter`. STORE_READ_ONLY: a write
       failed earlier; retry after a restart.
     * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA: retry after the time in RetryInfo.
@@ -249,15 +250,16 @@ class SessionsAsyncStub(SessionsStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CreateSessionRequest, _types_pb2.Session]  # type: ignore[assignment]
-    """Makes a session and commits its root revision durably; nothing is computed yet.
+    """Makes a session and commits its root revision durably; nothing is computed yet. Without system prompt, messages or
+    tokens the root is empty, and the first turn begins the conversation.
 
     Idempotent by `request_id`, for as long as the session exists: the same request again returns the session it made.
     Without one a retry may make a second session.
 
-    * INVALID_ARGUMENT / EMPTY_INPUT: no system prompt, message or token. BAD_MESSAGE: the template refuses the
-      messages. BAD_TOKENS: an id outside the vocabulary. CONTEXT_TOO_LONG: no room for one token. UNKNOWN_POLICY.
-      REQUEST_ID_REUSED: this id came with a different request. BAD_REQUEST: messages and token ids both given, a bad
-      label or expiry.
+    * INVALID_ARGUMENT / EMPTY_INPUT: `token_ids` is set and empty, or a user's message has no content. BAD_MESSAGE:
+      the template refuses the messages. BAD_TOKENS: an id outside the vocabulary. CONTEXT_TOO_LONG: no room for one
+      token. UNKNOWN_POLICY. REQUEST_ID_REUSED: this id came with a different request. BAD_REQUEST: messages and token
+      ids both given, a bad label or expiry.
     * FAILED_PRECONDITION / MODEL_MISSING: the server does not serve `model` or `adapter`. STORE_READ_ONLY: a write
       failed earlier; retry after a restart.
     * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA: retry after the time in RetryInfo.
@@ -454,15 +456,16 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.CreateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_types_pb2.Session, _abc.Awaitable[_types_pb2.Session]]:
-        """Makes a session and commits its root revision durably; nothing is computed yet.
+        """Makes a session and commits its root revision durably; nothing is computed yet. Without system prompt, messages or
+        tokens the root is empty, and the first turn begins the conversation.
 
         Idempotent by `request_id`, for as long as the session exists: the same request again returns the session it made.
         Without one a retry may make a second session.
 
-        * INVALID_ARGUMENT / EMPTY_INPUT: no system prompt, message or token. BAD_MESSAGE: the template refuses the
-          messages. BAD_TOKENS: an id outside the vocabulary. CONTEXT_TOO_LONG: no room for one token. UNKNOWN_POLICY.
-          REQUEST_ID_REUSED: this id came with a different request. BAD_REQUEST: messages and token ids both given, a bad
-          label or expiry.
+        * INVALID_ARGUMENT / EMPTY_INPUT: `token_ids` is set and empty, or a user's message has no content. BAD_MESSAGE:
+          the template refuses the messages. BAD_TOKENS: an id outside the vocabulary. CONTEXT_TOO_LONG: no room for one
+          token. UNKNOWN_POLICY. REQUEST_ID_REUSED: this id came with a different request. BAD_REQUEST: messages and token
+          ids both given, a bad label or expiry.
         * FAILED_PRECONDITION / MODEL_MISSING: the server does not serve `model` or `adapter`. STORE_READ_ONLY: a write
           failed earlier; retry after a restart.
         * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA: retry after the time in RetryInfo.

@@ -273,6 +273,7 @@ class TestANewSession:
             ({"system": "x", "token_ids": types_pb2.TokenIds(ids=[5])}, "BAD_REQUEST"),
             ({"token_ids": types_pb2.TokenIds(ids=[VOCAB])}, "BAD_TOKENS"),
             ({"token_ids": types_pb2.TokenIds()}, "EMPTY_INPUT"),
+            ({"messages": [user("")]}, "EMPTY_INPUT"),
             ({"token_ids": types_pb2.TokenIds(ids=[5] * CONTEXT)}, "CONTEXT_TOO_LONG"),
             ({"system": "word " * 1000}, "CONTEXT_TOO_LONG"),
             ({"messages": [types_pb2.Message(role="wizard", content=user("x").content)]}, "BAD_MESSAGE"),

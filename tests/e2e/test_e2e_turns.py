@@ -140,6 +140,16 @@ class TestTheTemplate:
         log = tokenizer.decode(log_of(daemon, await peer.get(session.session_id)))
         assert log.count(DEFAULT_SYSTEM) == 1
 
+    async def test_a_session_made_of_nothing_begins_with_its_first_turn(self, peer: Peer, daemon, tokenizer):
+        session = await peer.create()
+        assert session.token_count == 0
+        turn = await peer.turn(session.session_id, "Hello", max_tokens=3)
+        whole = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": turn.answer}], tokenize=False
+        )
+        log = tokenizer.decode(log_of(daemon, await peer.get(session.session_id)))
+        assert log == whole.removesuffix(SPECIAL[STOP] + "\n")
+
     async def test_a_given_system_prompt_replaces_the_default_one(self, peer: Peer, daemon, tokenizer):
         session = await peer.create(system="Be brief.")
         await peer.turn(session.session_id, "First", max_tokens=3)
