@@ -180,23 +180,6 @@ class ChatTemplate:
         # The sampled token is one of the closing's: what follows it is missing.
         return closing.partition(token)[2] if token and token in closing else closing
 
-    def close_tokens(self, ended: Ended, last_id: int | None) -> TokenDelta:
-        """`open_tail` as tokens by itself, all of them the template's."""
-        return self._encode(self.open_tail(ended, last_id), [])
-
-    def generation_prompt(self) -> TokenDelta:
-        """What starts an answer, alone: for answering messages that were appended without generating."""
-        self._require()
-        return self._encode(self._traits.generation_prompt, [])
-
-    def count(self, messages: Sequence[Message], tools: Tools = (), *, add_generation_prompt: bool = False) -> int:
-        """Tokens of a whole conversation as the template renders it."""
-        self._require()
-        if not messages:
-            return 0
-        text = self._base([m.as_dict() for m in messages], add_generation_prompt, tools)
-        return len(self._renderer.tokenize(text)[0])
-
     def _require(self) -> None:
         problem = self._traits.problem
         if problem:

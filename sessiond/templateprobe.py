@@ -59,8 +59,6 @@ class TemplateTraits:
     prefix_stable_system: bool = False
     end_of_turn: str = ""
     end_of_turn_ids: tuple[int, ...] = ()
-    generation_prompt: str = ""
-    generation_prompt_ids: tuple[int, ...] = ()
     trailer: str = ""
     answer_lead: str = ""
 
@@ -112,7 +110,7 @@ def probe(renderer: Renderer) -> TemplateTraits:
     user = say("user", QUESTION)
     exchange = [user, say("assistant", ANSWER)]
     try:
-        generation_prompt, trailer = _endings(renderer, [user])
+        trailer = _trailer(renderer, [user])
         one = renderer.render([user]).removesuffix(trailer)
         prompted = renderer.render([user], generate=True)
         two = renderer.render(exchange).removesuffix(trailer)
@@ -136,28 +134,25 @@ def probe(renderer: Renderer) -> TemplateTraits:
         prefix_stable_system=_is_stable(renderer, [system], end_of_turn, trailer, lead),
         end_of_turn=end_of_turn,
         end_of_turn_ids=tuple(renderer.tokenize(end_of_turn)[0]),
-        generation_prompt=generation_prompt,
-        generation_prompt_ids=tuple(renderer.tokenize(generation_prompt)[0]),
         trailer=trailer,
         answer_lead=lead,
     )
 
 
-def _endings(renderer: Renderer, chat: Chat) -> tuple[str, str]:
-    """(generation prompt, trailer): what the renderings with and without prompt end with beyond what they share.
+def _trailer(renderer: Renderer, chat: Chat) -> str:
+    """What the rendering without generation prompt ends with beyond what it shares with the one that has it.
 
     Shared is counted in tokens, so that "<|assistant|>" and "<|endoftext|>" do not share their "<|".
     """
     with_prompt, without = renderer.render(chat, generate=True), renderer.render(chat)
     if with_prompt.startswith(without):
-        return with_prompt[len(without) :], ""
-    (ids, offsets), (other_ids, other_offsets) = renderer.tokenize(with_prompt), renderer.tokenize(without)
+        return ""
+    (ids, _), (other_ids, other_offsets) = renderer.tokenize(with_prompt), renderer.tokenize(without)
     n_shared = next(
         (i for i, (a, b) in enumerate(zip(ids, other_ids, strict=False)) if a != b), min(len(ids), len(other_ids))
     )
-    start = offsets[n_shared][0] if n_shared < len(ids) else len(with_prompt)
-    other_start = other_offsets[n_shared][0] if n_shared < len(other_ids) else len(without)
-    return with_prompt[start:], without[other_start:]
+    start = other_offsets[n_shared][0] if n_shared < len(other_ids) else len(without)
+    return without[start:]
 
 
 def _keeps(renderer: Renderer, chat: Chat, text: str) -> bool:

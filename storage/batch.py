@@ -99,14 +99,6 @@ class LogBatch:
         body = ids.astype("<u4").tobytes() + flags.astype(np.uint8).tobytes()
         self._put(keys.tokens_key(tenant, revision_id, start), {"n": len(ids)}, body)
 
-    def coalesce_tokens(self, tenant: str, revision_id: str) -> None:
-        """Replace a revision's segments (also those added earlier in this batch) by one.
-
-        The batch fails with RecordCorrupt if they do not join.
-        """
-        self.ops.append(lambda txn: _coalesce(txn, tenant, revision_id))
-        self.frees = False
-
     def put_cell_ref(self, ref: CellRef) -> None:
         self._put(keys.cell_ref_key(ref.tenant, ref.prefix_hash), to_header(ref))
 
@@ -230,16 +222,3 @@ def _delete_index(txn: WriteTxn, tenant: str, revision_id: str) -> None:
     for found, _ in list(iter_range(txn, keys.kind_prefix(tenant, keys.REVISION_INDEX))):
         if keys.split_strings(keys.split(found)[2])[1] == revision_id:
             txn.delete(found)
-
-
-def _coalesce(txn: WriteTxn, tenant: str, revision_id: str) -> None:
-    prefix = keys.record_key(tenant, keys.TOKENS, revision_id)
-    parts = [(key, memoryview(value)) for key, value in iter_range(txn, prefix)]
-    if len(parts) < 2:
-        return
-    ids, flags = join_segments(parts)
-    merged = LogBatch()
-    merged.append_tokens(tenant, revision_id, 0, ids, flags)
-    delete_range(txn, prefix)
-    for op in merged.ops:
-        op(txn)

@@ -69,17 +69,6 @@ class Catalog:
         with self._transaction() as connection:
             connection.execute(sa.delete(sessions).where(_is(sessions, tenant, session_id)))
 
-    def get_session(self, tenant: str, session_id: str) -> SessionRow | None:
-        """The indexed row, or None."""
-        with self._transaction() as connection:
-            row = connection.execute(sa.select(sessions).where(_is(sessions, tenant, session_id))).mappings().first()
-            if row is None:
-                return None
-            found = connection.execute(
-                sa.select(session_labels.c.key, session_labels.c.value).where(_is(session_labels, tenant, session_id))
-            )
-            return SessionRow(**row, labels={row.key: row.value for row in found})
-
     def list_sessions(
         self,
         tenant: str,

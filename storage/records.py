@@ -65,7 +65,6 @@ class RevisionRecord:
     created_us: int
     request_id: str
     usage: Json
-    prompt_pieces: list[int] = field(default_factory=list)
     extra: Json = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sessiond.errors import BadMessage, EmptyInput
-from sessiond.template import CONTENT, TEMPLATE, ChatTemplate, Message, TokenDelta, ToolCall
+from sessiond.template import CONTENT, ChatTemplate, Message, TokenDelta, ToolCall
 
 # The published templates, shortened to what matters: headers, order checks, trimming, trailers.
 CHATML = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system
@@ -141,6 +141,11 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def closing_ids(template: ChatTemplate, tokenizer: Any, ended: Any, last_id: int | None) -> list[int]:
+    """The end-of-turn text still missing behind an answer, as tokens by itself."""
+    return list(tokenizer.encode(template.open_tail(ended, last_id), add_special_tokens=False))
+
+
 def converse(
     template: ChatTemplate, tokenizer: Any, root: list[Message], turns: list[tuple[str, str, str]], as_one: bool
 ) -> tuple[list[int], list[Message], bool]:
@@ -154,7 +159,7 @@ def converse(
         if ended:
             tail = template.open_tail(ended, log[-1])  # type: ignore[arg-type]
             if not as_one:
-                log += template.close_tokens(ended, log[-1]).ids  # type: ignore[arg-type]
+                log += closing_ids(template, tokenizer, ended, log[-1])
         delta = template.render_turn(history, [user(question)], open_tail=tail if as_one else None)
         assert decode(tokenizer, delta.ids) == delta.text
         drifted |= delta.drift
@@ -167,7 +172,7 @@ def converse(
             log.append(traits.end_of_turn_ids[0])
         history.append(answer(reply))
         ended = ended_now
-    log += template.close_tokens(ended, log[-1]).ids  # type: ignore[arg-type]
+    log += closing_ids(template, tokenizer, ended, log[-1])
     return log, history, drifted
 
 
@@ -221,12 +226,12 @@ def test_closing_completes_what_generation_left_open() -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     newline = tokenizer.encode("\n")
     other_stop = tokenizer.convert_tokens_to_ids("</s>")
-    assert template.close_tokens("stop_token", end).ids == newline
-    assert template.close_tokens("open", 5).ids == [end, *newline]
-    assert template.close_tokens("stop_token", other_stop).ids == [end, *newline]
+    assert closing_ids(template, tokenizer, "stop_token", end) == newline
+    assert closing_ids(template, tokenizer, "open", 5) == [end, *newline]
+    assert closing_ids(template, tokenizer, "stop_token", other_stop) == [end, *newline]
     # A newline sampled as a stop token of the request is an answer's text, not the closing's newline.
-    assert template.close_tokens("stop_token", newline[0]).ids == [end, *newline]
-    assert set(template.close_tokens("open", None).flags) == {TEMPLATE}
+    assert closing_ids(template, tokenizer, "stop_token", newline[0]) == [end, *newline]
+    assert template.open_tail("open", None) == "<|im_end|>\n"
 
 
 def test_default_system_prompt_appears_once_at_the_start() -> None:
@@ -276,7 +281,8 @@ def test_unusual_orders_are_rendered_behind_the_whole_history() -> None:
     appended = template.render_turn(history, new, add_generation_prompt=False)
     later = template.render_turn([Message("system", "s"), Message("system", "t")], [user("d")])
     assert (later.drift, later.text) == (False, template.render_turn(history, [user("d")]).text)
-    assert appended.ids + template.generation_prompt().ids == delta.ids
+    prompt = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
+    assert appended.ids + prompt == delta.ids
 
 
 def test_an_order_the_template_refuses_is_named() -> None:
@@ -397,9 +403,7 @@ def test_without_a_working_template_only_messages_are_refused(kind: str) -> None
     for call in (
         lambda: template.render_root([user("x")]),
         lambda: template.render_turn([], [user("x")]),
-        lambda: template.close_tokens("open", None),
-        lambda: template.generation_prompt(),
-        lambda: template.count([user("x")]),
+        lambda: template.open_tail("open", None),
     ):
         with pytest.raises(BadMessage, match=reason):
             call()
@@ -427,16 +431,6 @@ def test_messages_are_checked() -> None:
         chat("chatml")[0].render_turn([], [])
 
 
-def test_count_is_the_length_of_the_whole_rendering() -> None:
-    template, tokenizer = chat("phi3")
-    messages = [user("hello"), answer("yes"), user("more")]
-    for generate in (False, True):
-        n = template.count(messages, add_generation_prompt=generate)
-        text = whole(tokenizer, messages, generate).removesuffix("<|endoftext|>")
-        assert n == len(tokenizer.encode(text, add_special_tokens=False))
-    assert template.count([]) == 0
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("system", ["", "Be terse."])
 def test_default_model_dialogue_has_the_ids_of_the_whole_rendering(smollm2_dir: Path, system: str) -> None:
@@ -445,7 +439,6 @@ def test_default_model_dialogue_has_the_ids_of_the_whole_rendering(smollm2_dir: 
     traits = template.probe()
     assert (traits.default_system, traits.supports_system, traits.drifts) == (True, True, False)
     assert (traits.end_of_turn, traits.end_of_turn_ids) == ("<|im_end|>\n", (2, 198))
-    assert traits.generation_prompt == "<|im_start|>assistant\n"
     assert template.stop_ids == {2}
     root = [Message("system", system)] if system else []
     log, history, drifted = converse(template, tokenizer, root, TURNS, True)

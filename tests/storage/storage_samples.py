@@ -27,7 +27,6 @@ def revision(tenant="t", revision_id="r1", **changes):
         "tenant": tenant, "revision_id": revision_id, "session_id": "s1", "parent": None, "kind": "root",
         "log_start": 0, "log_end": 3, "position_start": 0, "position_end": 3, "n_prompt": 3, "n_generated": 0,
         "finish_reason": None, "aborted": False, "created_us": 10, "request_id": "q0", "usage": {"prompt": 3},
-        "prompt_pieces": [3],
     }  # fmt: skip
     return RevisionRecord(**(fields | changes))
 

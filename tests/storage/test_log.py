@@ -152,7 +152,7 @@ def test_a_failed_batch_changes_nothing(log):
 
 
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=6), data=st.data())
-def test_segments_join_in_order_and_coalesce_to_the_same(sizes, data):
+def test_segments_join_in_order(sizes, data):
     # Segments are pure values here: no store is needed to join them.
     from sessiond.storage.batch import join_segments
 
@@ -169,28 +169,28 @@ def test_segments_join_in_order_and_coalesce_to_the_same(sizes, data):
     assert flags.tolist() == [TOKEN_TEMPLATE] * len(ids)
 
 
-def test_coalescing_in_the_committing_batch_leaves_one_segment(log, log_env):
+def test_a_commit_replaces_the_segments_by_one(log, log_env):
     for start in (0, 2, 4):
         write(log, ("append_tokens", "t", "r1", start, np.array([start, start + 1]), np.array([1, 0], np.uint8)))
-    before = log.tokens("t", "r1")
-    write(log, ("append_tokens", "t", "r1", 6, np.array([2**32 - 1])), ("coalesce_tokens", "t", "r1"))
-    ids, flags = log.tokens("t", "r1", expected=7)
-    assert ids.tolist() == [*before[0].tolist(), 2**32 - 1]
-    assert flags.tolist() == [*before[1].tolist(), 0]
+    ids, flags = log.tokens("t", "r1")
+    ids, flags = np.append(ids, np.uint32(2**32 - 1)), np.append(flags, np.uint8(0))
+    write(log, ("delete_revision", "t", "r1"), ("append_tokens", "t", "r1", 0, ids, flags))
+    found_ids, found_flags = log.tokens("t", "r1", expected=7)
+    assert found_ids.tolist() == [0, 1, 2, 3, 4, 5, 2**32 - 1]
+    assert found_flags.tolist() == [1, 0, 1, 0, 1, 0, 0]
+    ids, flags = found_ids, found_flags
     assert ids.dtype == np.uint32
     assert flags.dtype == np.uint8
     assert [key for key in all_values(log_env) if keys.split(key)[1] == keys.TOKENS] == [keys.tokens_key("t", "r1", 0)]
 
 
 @pytest.mark.parametrize("gone", [0, 2])
-def test_a_missing_segment_is_found_when_reading_and_when_coalescing(log, log_env, gone):
+def test_a_missing_segment_is_found_when_reading(log, log_env, gone):
     for start in (0, 2, 4):
         write(log, ("append_tokens", "t", "r1", start, np.array([1, 2])))
     overwrite(log_env, keys.tokens_key("t", "r1", gone), None)
     with pytest.raises(errors.RecordCorrupt, match="gap"):
         log.tokens("t", "r1")
-    with pytest.raises(errors.RecordCorrupt, match="gap"):
-        write(log, ("coalesce_tokens", "t", "r1"))
 
 
 def test_a_missing_last_segment_is_found_by_the_expected_count(log, log_env):

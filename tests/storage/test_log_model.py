@@ -73,11 +73,10 @@ class LogMachine(RuleBasedStateMachine):
         self.revisions.pop((tenant, name), None)
         self.tokens.pop((tenant, name), None)
 
-    @rule(tenant=tenants, name=ids, new=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4), join=st.booleans())
-    def append_tokens(self, tenant, name, new, join):
+    @rule(tenant=tenants, name=ids, new=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=4))
+    def append_tokens(self, tenant, name, new):
         known = self.tokens.setdefault((tenant, name), [])
-        calls = [("append_tokens", tenant, name, len(known), np.array(new))]
-        self.write(*calls, *([("coalesce_tokens", tenant, name)] if join else []))
+        self.write(("append_tokens", tenant, name, len(known), np.array(new)))
         known += new
 
     @rule(tenant=tenants, name=ids, request_id=ids, state=st.sampled_from(["running", "finished"]))

@@ -29,7 +29,6 @@ def record_strategy(cls):
         "policy": json_dicts, "usage": json_dicts, "params": json_dicts, "extra": json_dicts,
         "finished": st.none() | json_dicts, "prefix_hash": st.binary(min_size=16, max_size=16),
         "labels": st.dictionaries(st.text(max_size=6), st.text(max_size=6), max_size=3),
-        "prompt_pieces": st.lists(st.integers(0, 2**40), max_size=4),
     }  # fmt: skip
     return st.builds(cls, **{name: strategy for name, strategy in known.items() if name in cls.__slots__})
 

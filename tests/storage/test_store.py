@@ -11,7 +11,7 @@ from storage_samples import BLOCK_MAP, LOG_MAP, assert_kv_equal, destinations, k
 
 from sessiond import errors
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.catalog import SessionKey, SessionRow
+from sessiond.storage.catalog import Listed, SessionKey, SessionRow
 from sessiond.storage.codec import Raw
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.store import Store
@@ -38,7 +38,7 @@ def test_everything_survives_closing_and_opening(tmp_path):
         buffers, out = destinations()
         store.blocks.read_into(owner, 0, 63, 3, out)
         assert_kv_equal(buffers, arrays)
-        assert store.catalog.get_session("t", "s1") == SessionRow.of(session())  # by reconciliation
+        assert store.catalog.list_sessions("t") == [Listed(session().created_us, "s1")]  # by reconciliation
         assert (store.lost, store.damaged) == ([], [])
 
 
