@@ -1,7 +1,9 @@
-"""A session's states as a transition table.
+"""Where a session is while this process knows it, as a transition table.
 
-COLD --warm--> HOT --lease--> RUNNING --release--> HOT --suspend--> COLD
-COLD, HOT --delete--> DELETED --undelete--> COLD;  DELETED --purge--> PURGED
+COLD --warm--> HOT --suspend--> COLD --delete--> DELETED --undelete--> COLD
+
+A turn is no state: it holds the session's lease, and whoever moves the session takes that first. A purged session is
+known no more.
 """
 
 from __future__ import annotations
@@ -12,30 +14,21 @@ import enum
 class State(enum.StrEnum):
     COLD = "cold"  # only on disk
     HOT = "hot"  # attention can run now
-    RUNNING = "running"  # a turn holds the single-writer lease
     DELETED = "deleted"  # kept until purge_time
-    PURGED = "purged"  # gone
 
 
 class Event(enum.StrEnum):
     WARM = "warm"
-    LEASE = "lease"
-    RELEASE = "release"
     SUSPEND = "suspend"
     DELETE = "delete"
     UNDELETE = "undelete"
-    PURGE = "purge"
 
 
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.COLD, Event.WARM): State.HOT,
-    (State.HOT, Event.LEASE): State.RUNNING,
-    (State.RUNNING, Event.RELEASE): State.HOT,
     (State.HOT, Event.SUSPEND): State.COLD,
     (State.COLD, Event.DELETE): State.DELETED,
-    (State.HOT, Event.DELETE): State.DELETED,
     (State.DELETED, Event.UNDELETE): State.COLD,
-    (State.DELETED, Event.PURGE): State.PURGED,
 }
 
 
