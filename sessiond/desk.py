@@ -250,8 +250,9 @@ class Desk:
         written = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving)
 
         def snapshot() -> tuple[int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
-            start, end = cache.sealed, max(cache.sealed, min(cache.length, len(ids)))
-            return start, cache.copies(start, end)
+            cell = self.store.cell_tokens
+            start = min(cache.sealed, len(ids) // cell * cell)
+            return start, cache.copies(start, max(start, min(cache.length, len(ids))))
 
         start, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
         older = [revision.revision_id for revision in live.chain[:-1]][-8:]

@@ -358,11 +358,12 @@ class Sessions:
         cache = live.cache if live else None
         running = live.turn.plan.request.request_id if live and live.turn else ""
         open_id = str(record.extra.get("open_request", ""))
+        count = self.desk.store.log.revision(record.tenant, record.head_revision).log_end
         return SessionView(
             record=record,
             hot=cache is not None,
-            token_count=self.desk.store.log.revision(record.tenant, record.head_revision).log_end,
-            exact_upto=cache.sealed if cache else 0,
+            token_count=count,
+            exact_upto=min(cache.sealed, count) if cache else 0,
             persisted_upto=live.persisted if live and cache else 0,
             bytes_hot=cache.nbytes if cache else 0,
             running_request=running,

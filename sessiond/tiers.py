@@ -203,8 +203,11 @@ class Tiers:
         return 0, 0
 
     def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event) -> int:
-        """Make sealed cells durable, those that are not on disk yet, until `stop` is set. Returns bytes written."""
-        last = cache.sealed // self.cell_tokens
+        """Make sealed cells of the history `ids` durable, those that are not on disk yet, until `stop` is set.
+
+        A suspended turn's cache reaches beyond the history. Returns bytes written.
+        """
+        last = min(cache.sealed, len(ids)) // self.cell_tokens
         hashes = prefix_hashes(tenant, self.identity_id, ids[: last * self.cell_tokens], self.cell_tokens)
         known = self.store.log.cell_refs(tenant, hashes)
         todo = [cell for cell in range(last) if known[cell] is None]

@@ -32,10 +32,12 @@ async def uninterrupted(peer: Peer, **options) -> tuple[Turn, Turn]:
     return turn, await peer.turn(session, "And then?", max_tokens=8)
 
 
-async def suspend_one(peer: Peer, gate: Gate, session: str, request_id: str, tokens: int = 6, **options) -> Turn:
+async def suspend_one(
+    peer: Peer, gate: Gate, session: str, request_id: str, tokens: int = 6, *, text: str = "Tell me", **options
+) -> Turn:
     """Start a turn, leave it after some tokens, and wait until it stands suspended."""
-    stream = peer.open(session, "Tell me", max_tokens=LONG, request_id=request_id, **options)
-    gate.let(tokens)
+    stream = peer.open(session, text, max_tokens=LONG, request_id=request_id, **options)
+    gate.let(tokens + len(text) // 100)  # a long text is computed in several steps
     turn = await stream.read_tokens(tokens)
     stream.cancel()
     await gate.cancelled()
@@ -161,6 +163,27 @@ class TestASuspendedTurn:
         rest = await peer.turn(session, "Tell me", max_tokens=LONG, request_id="turn-1", **sampling)
         assert rest.ids == whole.ids
         assert (await peer.turn(session, "And then?", max_tokens=8)).ids == after.ids
+
+    async def test_with_a_long_input_leaves_memory_too(self, peer: Peer, daemon, sampling):
+        """Its cache holds whole cells beyond the history. Of the history nothing is computed again."""
+        text = "word " * 80
+        other = (await peer.create(system="Be brief.")).session_id
+        session = (await peer.create(system="Be brief.")).session_id
+        for one in (other, session):
+            said = await peer.turn(one, "word " * 40, max_tokens=8)
+            await peer.settled(one)
+        whole = await peer.turn(other, text, max_tokens=LONG, **sampling)
+        gate = Gate(daemon)
+        await suspend_one(peer, gate, session, "turn-1", text=text, **sampling)
+        gate.open()
+        now = await peer.get(session)
+        assert now.exact_upto <= now.token_count == said.finished.committed_tokens
+        now = (await peer.suspend(session)).session
+        assert now.tier == types_pb2.TIER_COLD
+        assert now.persisted_upto == now.token_count, "the turn had fed the last token of the history"
+        rest = await peer.turn(session, text, max_tokens=LONG, request_id="turn-1", **sampling)
+        assert rest.ids == whole.ids
+        assert rest.restored.tokens_recomputed == 0
 
     async def test_goes_on_after_a_restart(self, peer: Peer, daemon, daemons, sampling):
         whole, after = await uninterrupted(peer, **sampling)
