@@ -20,9 +20,11 @@ from sessiond.errors import (
     SessionNotFound,
 )
 from sessiond.live import Live
-from sessiond.sampling import Sampled, SamplingParams
+from sessiond.sampling import SamplingParams
+from sessiond.scheduler import replay
 from sessiond.sessions import Sessions, refuse_busy
 from sessiond.storage.records import RequestRecord
+from sessiond.tiers import read_branch
 from sessiond.turn import Accepted, Finished, Tokens, Turn, TurnEvent, discarded
 
 log = structlog.get_logger()
@@ -134,11 +136,23 @@ class Conversations:
             log_start=self.desk.store.log.revision(row.tenant, row.base_revision).log_end,
         )
         if finished.revision:
-            ids, _ = self.desk.store.log.tokens(row.tenant, row.revision_id)
-            for tokens in replay_tokens(self.desk, row, ids[int(row.params["n_prompt"]) :].tolist()):
+            for tokens in self._committed(row, finished):
                 if tokens.first_index >= resume_after:
                     yield tokens
         yield finished
+
+    def _committed(self, row: RequestRecord, finished: Finished) -> list[Tokens]:
+        """A committed turn's generated tokens, each with the text it completes."""
+        log, n_prompt = self.desk.store.log, int(row.params["n_prompt"])
+        ids, _ = log.tokens(row.tenant, row.revision_id)
+        stream = self.desk.new_stream((), None if n_prompt else read_branch(log, row.tenant, row.base_revision)[1])
+        # After a stop string the last token is a piece of text, whatever its id.
+        sampling = SamplingParams.from_json(row.params["sampling"])
+        stop_ids = frozenset() if finished.stop else self.desk.stop_ids_of(sampling)
+        out = replay(row.revision_id, ids[n_prompt:].tolist(), stream, stop_ids)
+        if out:
+            out[-1] = replace(out[-1], text=out[-1].text + stream.flush().text)
+        return [Tokens.of(token) for token in out]
 
     async def abort(self, tenant: str, session_id: str, request_id: str, *, commit: bool) -> tuple[bool, str, int]:
         """Stop a running or suspended turn. Idempotent: (stopped now, revision if committed, generated tokens)."""
@@ -171,20 +185,6 @@ class Conversations:
             if live.cache:
                 live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
         return True, "", count
-
-
-def replay_tokens(desk: Desk, row: RequestRecord, generated: list[int]) -> list[Tokens]:
-    """A committed turn's generated ids, each with the text it completes."""
-    sampling = SamplingParams.from_json(row.params["sampling"])
-    stops = desk.stop_ids | frozenset(sampling.stop_token_ids)
-    stream = desk.new_stream()
-    out: list[Tokens] = []
-    for index, token in enumerate(generated):
-        delta = stream.flush() if token in stops and index == len(generated) - 1 else stream.push(token)
-        out.append(Tokens(index, delta.byte_offset, (Sampled(token),), delta.text))
-    if out and (rest := stream.flush().text):
-        out[-1] = replace(out[-1], text=out[-1].text + rest)
-    return out
 
 
 def _error_of(told: dict[str, str]) -> SessiondError:

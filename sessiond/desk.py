@@ -16,6 +16,7 @@ from sessiond.engine import Engine
 from sessiond.errors import MemoryBudget, SessiondError, TurnSuspended
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
+from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Event, SealWork
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionRow
@@ -23,7 +24,7 @@ from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate
 from sessiond.textstream import Detokenizer, TextStream
-from sessiond.tiers import Restoration, Tiers
+from sessiond.tiers import Ids, Restoration, Tiers
 
 if TYPE_CHECKING:
     from sessiond.turn import Turn
@@ -81,8 +82,13 @@ class Desk:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def new_stream(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> TextStream:
-        return TextStream(self.detokenizer, stop, context)
+    def new_stream(self, stop: Sequence[str] = (), goes_on_from: Ids | None = None) -> TextStream:
+        """`goes_on_from`: the history, where the answer goes on with it instead of beginning behind a prompt."""
+        return TextStream(self.detokenizer, stop, [] if goes_on_from is None else goes_on_from[-32:].tolist())
+
+    def stop_ids_of(self, sampling: SamplingParams) -> frozenset[int]:
+        """Tokens that end a turn: the model's and the request's."""
+        return self.stop_ids | frozenset(sampling.stop_token_ids)
 
     # --- between threads -----------------------------------------------------------------------------------------
 

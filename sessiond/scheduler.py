@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -79,6 +79,19 @@ class CellSealed:
 Event = TokenOut | Ended | CellSealed
 
 
+def replay(turn_id: str, ids: Sequence[int], stream: TextStream, stop_ids: frozenset[int]) -> list[TokenOut]:
+    """Tokens that were sampled before, with the text that came with each; logprobs are gone.
+
+    A stop token shows nothing. It ended its turn, so only the last of `ids` can be one.
+    """
+    out = []
+    for index, token in enumerate(ids):
+        is_stop = index == len(ids) - 1 and token in stop_ids
+        delta = stream.flush() if is_stop else stream.push(token)
+        out.append(TokenOut(turn_id, index, Sampled(token), delta.text, delta.byte_offset))
+    return out
+
+
 class TurnWork:
     """A turn as the engine sees it: tokens to compute, then tokens to sample.
 
@@ -112,34 +125,17 @@ class TurnWork:
         self.stop_ids = stop_ids
         self.sampler = sampler
         self.stream = stream
-        self.generated = 0
-        self.replayed: list[TokenOut] = []
+        self.generated = len(logged)
         # A turn that has logged tokens had computed its prompt, and all of those tokens but the last.
         self._computed_before = len(tokens) + len(logged) - 1 if logged else known
         for token in logged:
-            self._replay(token)
+            self.sampler.observe(token)
+        self.replayed = replay(turn_id, logged, stream, stop_ids)
+        # How the turn had ended already, if it was interrupted between its last token and its commit.
+        self.ended_before: Ended | None = None
+        if self.replayed:
+            self.replayed[-1], self.ended_before = self._ending(self.replayed[-1])
         self._plan(list(logged), cell_tokens, seal)
-
-    def _replay(self, token: int) -> None:
-        """Take a token that was sampled before: sampler and text go on as if it had just come."""
-        self.sampler.observe(token)
-        delta = self.stream.flush() if token in self.stop_ids else self.stream.push(token)
-        sampled = Sampled(token)
-        self.replayed.append(TokenOut(self.turn_id, self.generated, sampled, delta.text, delta.byte_offset))
-        self.generated += 1
-
-    @property
-    def ended_before(self) -> Ended | None:
-        """How the turn had ended already, if it was interrupted between its last token and its commit."""
-        if not self.replayed:
-            return None
-        if self.replayed[-1].sampled.token_id in self.stop_ids or self.stream.stopped:
-            return Ended(self.turn_id, FinishReason.STOP, self.stream.stopped)
-        if self.generated >= self.max_new:
-            return Ended(self.turn_id, FinishReason.LENGTH)
-        if len(self.tokens) + self.generated >= self.max_context:
-            return Ended(self.turn_id, FinishReason.CONTEXT_FULL)
-        return None
 
     def _plan(self, logged: list[int], cell_tokens: int, seal: bool) -> None:
         """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits."""
@@ -164,22 +160,23 @@ class TurnWork:
         token, index = sampled.token_id, self.generated
         self.generated += 1
         self.pending.append(token)
-        reason = None
         delta = self.stream.flush() if token in self.stop_ids else self.stream.push(token)
-        if token in self.stop_ids or self.stream.stopped:
+        out, ended = self._ending(TokenOut(self.turn_id, index, sampled, delta.text, delta.byte_offset))
+        return ([out, ended], True) if ended else ([out], False)
+
+    def _ending(self, last: TokenOut) -> tuple[TokenOut, Ended | None]:
+        """Whether the turn ends with its newest token, which then brings out the text that was held as well."""
+        if last.sampled.token_id in self.stop_ids or self.stream.stopped:
             reason = FinishReason.STOP
         elif self.generated >= self.max_new:
             reason = FinishReason.LENGTH
-        elif self.cache.length + 1 >= self.max_context:
+        elif len(self.tokens) + self.generated >= self.max_context:
             reason = FinishReason.CONTEXT_FULL
-        text = delta.text
-        if reason is not None:
-            text += self.stream.flush().text  # may complete a stop string
+        else:
+            return last, None
+        last = replace(last, text=last.text + self.stream.flush().text)  # may complete a stop string
         hit = self.stream.stopped
-        events: list[Event] = [TokenOut(self.turn_id, index, sampled, text, delta.byte_offset)]
-        if reason is not None:
-            events.append(Ended(self.turn_id, FinishReason.STOP if hit else reason, hit))
-        return events, reason is not None
+        return last, Ended(self.turn_id, FinishReason.STOP if hit else reason, hit)
 
 
 @dataclass(slots=True)

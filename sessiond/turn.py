@@ -57,6 +57,10 @@ class Tokens:
     sampled: tuple[Sampled, ...]
     text: str
 
+    @classmethod
+    def of(cls, out: TokenOut) -> Tokens:
+        return cls(out.index, out.text_offset, (out.sampled,), out.text)
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -133,9 +137,9 @@ class Turn:
         self._opened = plan.attachment != "started"
         self._submitted = self._stopping = False
         self._told: SessiondError | None = None
-        self._stop_ids = desk.stop_ids | frozenset(plan.sampling.stop_token_ids)
-        context = live.ids[-32:].tolist() if plan.kind == "turn" and not plan.prompt else []
-        self._stream = desk.new_stream(plan.sampling.stop, context)
+        self._stop_ids = desk.stop_ids_of(plan.sampling)
+        goes_on = plan.kind == "turn" and not plan.prompt
+        self._stream = desk.new_stream(plan.sampling.stop, live.ids if goes_on else None)
 
     # --- what clients do -----------------------------------------------------------------------------------------
 
@@ -263,7 +267,7 @@ class Turn:
             stream=self._stream,
         )
         for token in work.replayed:
-            self._published.append(Tokens(token.index, token.text_offset, (token.sampled,), token.text))
+            self._published.append(Tokens.of(token))
         computed = sum(piece.end - piece.start for piece in work.pieces)
         if self.restored is not None:
             self._explain_restoration(self.restored, work)
@@ -322,7 +326,7 @@ class Turn:
 
     def _log_token(self, event: TokenOut) -> None:
         self.generated.append(event.sampled.token_id)
-        tokens = Tokens(event.index, event.text_offset, (event.sampled,), event.text)
+        tokens = Tokens.of(event)
         batch = LogBatch()
         start = len(self.plan.prompt) + event.index
         batch.append_tokens(self.plan.record.tenant, self.turn_id, start, np.array([event.sampled.token_id], np.uint32))

@@ -184,7 +184,7 @@ class CharTokenizer:
         return "".join(chr(0x100 + i) for i in token_ids)
 
 
-_DETOKENIZER = Detokenizer(CharTokenizer())
+DETOKENIZER = Detokenizer(CharTokenizer())
 
 
 class RecordingSampler(Sampler):
@@ -233,7 +233,7 @@ class Session:
             "max_context": self.model.max_context,
             "stop_ids": frozenset(),
             "sampler": self.sampler,
-            "stream": TextStream(_DETOKENIZER),
+            "stream": TextStream(DETOKENIZER),
         }
         return TurnWork(self.name, self.cache, list(self.log), logged, **(options | changes))
 

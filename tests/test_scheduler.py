@@ -8,6 +8,7 @@ import pytest
 import torch
 from engine_harness import (
     CELL,
+    DETOKENIZER,
     Session,
     StepSpy,
     drain,
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from sessiond.model import Model
 from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Ended, Piece, Scheduler, TokenOut, plan_prefill
+from sessiond.textstream import TextStream
 from sessiond.types import FinishReason
 
 
@@ -291,6 +293,26 @@ def test_resumed_twice_while_replaying(model):
     assert session.cache.length == 40 + 3
     scheduler.add(session.turn([], 12, logged=expected[:8]))
     assert tokens_of(drain(scheduler), "s") == expected[8:]
+
+
+@pytest.mark.parametrize("logged", [4, 5])
+def test_text_held_for_a_stop_string_comes_with_the_last_token(model, logged):
+    """Also when the turn was interrupted between its last token and its commit."""
+    ids = random_ids(40, seed=4)
+    tokens = Session(model).run(ids, 5)
+    text = "".join(chr(0x100 + i) for i in tokens)
+    stream = TextStream(DETOKENIZER, [text[-2:] + "!"])
+    session, scheduler = Session(model), Scheduler(model, CELL)
+    work = session.turn(ids, 5, logged=tokens[:logged], stream=stream)
+    if logged == 5:
+        assert work.ended_before == Ended("s", FinishReason.LENGTH)
+        outs = work.replayed
+    else:
+        assert work.ended_before is None
+        scheduler.add(work)
+        outs = [*work.replayed, *(event for event in drain(scheduler) if isinstance(event, TokenOut))]
+    assert [out.text for out in outs][-2:] == ["", text[-2:]]
+    assert "".join(out.text for out in outs) == text
 
 
 def test_cancelled_turns_leave_the_others_alone(model):

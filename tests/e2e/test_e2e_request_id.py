@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from e2e_daemon import Gate, Peer, everything, peer_of, refused
 from grpc import StatusCode
+from transformers import AutoTokenizer
 
 from sessiond.v1 import sessions_pb2 as pb
 
@@ -58,6 +59,28 @@ class TestAFinishedTurn:
         again = await peer.turn(session, "Tell me", **asked)
         assert again.text == first.text == first.answer
         assert again.finished.stop == said[9:12]
+
+    async def test_that_went_on_inside_a_character_is_replayed_with_it(self, peer: Peer, session: str, chat_model):
+        """The first answer ends with half a character; what completes it is the second one's text, now and later."""
+        first, second = AutoTokenizer.from_pretrained(chat_model).encode("é", add_special_tokens=False)
+        await peer.turn(session, "Tell me", max_tokens=1, logit_bias={first: 100.0})
+        options = {"mode": "continue", "max_tokens": 1, "logit_bias": {second: 100.0}, "request_id": "turn-2"}
+        turn = await peer.turn(session, **options)
+        assert turn.text == "é"
+        again = await peer.turn(session, **options)
+        assert again.accepted.attachment == pb.ATTACHMENT_REPLAYED
+        assert again.text == "é"
+
+    async def test_that_a_stop_string_ended_is_replayed_whole(self, peer: Peer, session: str, chat_model):
+        """What is left of a token that the string split is text, though its id be a stop token's."""
+        tokenizer = AutoTokenizer.from_pretrained(chat_model)
+        (he,), (h,) = (tokenizer.encode(text, add_special_tokens=False) for text in ("he", "h"))
+        options = {"max_tokens": 9, "logit_bias": {he: 100.0}, "stop": ["eh"], "stop_token_ids": [h]}
+        turn = await peer.turn(session, "Tell me", request_id="turn-1", **options)
+        assert turn.text == turn.answer == "h"
+        again = await peer.turn(session, "Tell me", request_id="turn-1", **options)
+        assert again.accepted.attachment == pb.ATTACHMENT_REPLAYED
+        assert again.text == again.answer == "h"
 
     async def test_that_only_appended_is_replayed_too(self, peer: Peer, session: str):
         first = await peer.turn(session, "A fact", mode="append_only", request_id="turn-1")
