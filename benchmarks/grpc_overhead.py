@@ -25,7 +25,7 @@ from sessiond.auth import DEFAULT_TENANT
 from sessiond.clients import Client
 from sessiond.config import Settings
 from sessiond.server import Daemon
-from sessiond.turn import Tokens
+from sessiond.turnevents import Tokens
 from sessiond.v1 import sessions_pb2, types_pb2
 
 FIRST_TOKENS, NEW_TOKENS = 256, 16

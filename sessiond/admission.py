@@ -23,7 +23,7 @@ from sessiond.policies import registry
 from sessiond.sampling import SamplingParams
 from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.template import Message
-from sessiond.turn import TurnPlan
+from sessiond.turnplan import TurnPlan
 
 NEW_INPUT, CONTINUE, APPEND_ONLY = "new_input", "continue", "append_only"
 

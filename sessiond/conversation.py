@@ -25,7 +25,9 @@ from sessiond.scheduler import replay
 from sessiond.sessions import Sessions, refuse_busy
 from sessiond.storage.records import RequestRecord
 from sessiond.tiers import read_branch
-from sessiond.turn import Accepted, Finished, Tokens, Turn, TurnEvent, discarded
+from sessiond.turn import Turn
+from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent
+from sessiond.turnlog import discard_turn
 
 log = structlog.get_logger()
 
@@ -93,10 +95,7 @@ class Conversations:
             if other and not request.supersede:
                 raise self.desk.suspended_error(other)
             if other:
-                now = self.desk.now_us()
-                record = await self.desk.edit(live, lambda current: discarded(current, other, now))
-                if live.cache:
-                    live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
+                record = await discard_turn(self.desk, live, other)
         live.load_history(self.desk.store.log, record.head_revision)
         if row:
             plan = admission.resume_turn(self.desk, record, row)
@@ -180,10 +179,7 @@ class Conversations:
                 turn = Turn(self.desk, live, admission.resume_turn(self.desk, record, row))
                 await turn.commit_aborted()
                 return True, turn.turn_id, count
-            now = self.desk.now_us()
-            await self.desk.edit(live, lambda current: discarded(current, row, now))
-            if live.cache:
-                live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
+            await discard_turn(self.desk, live, row)
         return True, "", count
 
 

@@ -11,107 +11,27 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import structlog
 
 from sessiond.desk import Desk
 from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Unavailable
-from sessiond.live import Live, computed_upto, touched
-from sessiond.messages import encode_messages
-from sessiond.sampling import Sampled, Sampler, SamplingParams
+from sessiond.live import Live, computed_upto
+from sessiond.sampling import Sampler
 from sessiond.scheduler import Ended, Event, TokenOut, TurnWork
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.records import RequestRecord, RequestState, RevisionRecord, SessionRecord
-from sessiond.template import Message
 from sessiond.tiers import Recompute, Restoration
+from sessiond.turnevents import NOTHING, Accepted, Finished, Tokens, TurnEvent
+from sessiond.turnlog import commit_turn, discard_turn, open_turn, suspend_turn
+from sessiond.turnplan import TurnPlan
 from sessiond.types import FinishReason
 
 log = structlog.get_logger()
 
 # Room reserved for an answer; a longer one grows into what is free.
 EXPECTED_TOKENS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The turn is in the log. `new` prompt positions are computed by it, `reused` are not."""
-
-    base_revision: str
-    turn_revision: str
-    new: int
-    reused: int
-    drift: bool
-    attachment: str
-    log_start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Durable tokens `first_index`.. and the text they complete, at `text_offset` bytes of the answer."""
-
-    first_index: int
-    text_offset: int
-    sampled: tuple[Sampled, ...]
-    text: str
-
-    @classmethod
-    def of(cls, out: TokenOut) -> Tokens:
-        return cls(out.index, out.text_offset, (out.sampled,), out.text)
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The turn is a revision (or, aborted without commit, is not: `revision` is then empty)."""
-
-    revision: str
-    reason: FinishReason | None  # None: nothing was generated
-    stop: str
-    committed: int
-    usage: dict[str, int]
-    ttft_ms: float
-    tokens_per_second: float
-    answer: str
-    memory: dict[str, int] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "revision": self.revision,
-            "reason": str(self.reason) if self.reason else None,
-            "stop": self.stop,
-            "committed": self.committed,
-            "usage": self.usage,
-            "ttft_ms": self.ttft_ms,
-            "tokens_per_second": self.tokens_per_second,
-            "answer": self.answer,
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Finished:
-        return cls(**{**value, "reason": FinishReason(value["reason"]) if value["reason"] else None})
-
-
-TurnEvent = Accepted | Restoration | Tokens | Finished
-
-
-@dataclass(frozen=True, slots=True)
-class TurnPlan:
-    """What a turn will do, settled before anything is written."""
-
-    record: SessionRecord
-    request: RequestRecord
-    prompt: list[int]
-    flags: list[int]
-    messages: tuple[Message, ...]
-    sampling: SamplingParams
-    kind: str = "turn"
-    drift: bool = False
-    logged: tuple[int, ...] = ()
-    attachment: str = "started"
-    abort_on_disconnect: bool = False
 
 
 class Turn:
@@ -296,19 +216,7 @@ class Turn:
         self._wake()
 
     async def _open(self) -> None:
-        """Request and prompt become durable, and the session's pointer to them, in one transaction."""
-
-        def build(record: SessionRecord) -> LogBatch:
-            plan, batch = self.plan, LogBatch()
-            batch.put_request(plan.request)
-            if plan.prompt:
-                ids, flags = np.array(plan.prompt, np.uint32), np.array(plan.flags, np.uint8)
-                batch.append_tokens(record.tenant, self.turn_id, 0, ids, flags)
-            extra = {**record.extra, "open_request": plan.request.request_id}
-            batch.put_session(replace(record, extra=extra))
-            return batch
-
-        await self.desk.edit(self.live, build)
+        await open_turn(self.desk, self.live, self.plan)
         self._opened = True
 
     def _explain_restoration(self, restored: Restoration, work: TurnWork) -> None:
@@ -363,155 +271,65 @@ class Turn:
     # --- how it ends ---------------------------------------------------------------------------------------------
 
     async def _finish(self, ended: Ended) -> None:
-        if ended.reason is FinishReason.ABORTED and self._outcome != "commit":
-            await (self._suspend() if self._outcome == "suspend" else self._discard())
-            return
-        committed, answer, hit = self._cut(ended)
-        plan, live = self.plan, self.live
-        assert self.accepted is not None
-        history = len(live.ids)
-        kept = history + len(plan.prompt) + len(committed)
-        computed = computed_upto(live.chain)
-        if live.cache:
-            live.cache.truncate(min(live.cache.length, kept), self.desk.store.cell_tokens)
-            computed = live.cache.length
-        now = self.desk.now_us()
-        usage = {"new": self.accepted.new, "reused": self.accepted.reused, "generated": len(committed)}
-        revision = RevisionRecord(
-            tenant=plan.record.tenant,
-            revision_id=self.turn_id,
-            session_id=plan.record.session_id,
-            parent=plan.request.base_revision,
-            kind="append" if plan.kind == "append" else "turn",
-            log_start=history,
-            log_end=kept,
-            position_start=history,
-            position_end=kept,
-            n_prompt=len(plan.prompt),
-            n_generated=len(committed),
-            finish_reason=None if plan.kind == "append" else str(ended.reason),
-            aborted=ended.reason is FinishReason.ABORTED,
-            created_us=now,
-            request_id=plan.request.request_id,
-            usage=usage,
-            extra={"computed": computed, "ended": self._ended_how(committed)},
-        )
-        finished = self._summary(ended, hit, kept, usage, answer)
-        ids = [*plan.prompt, *committed]
-
-        def build(record: SessionRecord) -> LogBatch:
-            batch = LogBatch()
-            batch.delete_revision(record.tenant, self.turn_id)
-            if ids:
-                flags = plan.flags + [0] * len(committed)
-                batch.append_tokens(record.tenant, self.turn_id, 0, np.array(ids, np.uint32), np.array(flags, np.uint8))
-            said = () if plan.kind == "append" else (Message("assistant", answer),)
-            batch.put_revision(revision, encode_messages(plan.messages, said))
-            batch.put_session(
-                replace(
-                    touched(closed(record), now),
-                    head_revision=self.turn_id,
-                    updated_us=now,
-                    generation=record.generation + 1,
-                )
-            )
-            state: RequestState = "aborted" if revision.aborted else "finished"
-            batch.put_request(replace(plan.request, state=state, updated_us=now, finished=finished.to_json()))
-            return batch
-
-        await self.desk.edit(live, build)
-        live.head, live.chain = self.turn_id, [*live.chain, revision]
-        live.ids = np.concatenate([live.ids, np.array(ids, np.uint32)])
-        self.finished = finished
+        desk, live, plan = self.desk, self.live, self.plan
+        aborted = ended.reason is FinishReason.ABORTED
+        if aborted and self._outcome == "suspend":
+            request = await suspend_turn(desk, plan.request)
+            self.failure = self._told or desk.suspended_error(request)
+        elif aborted and self._outcome == "discard":
+            await discard_turn(desk, live, plan.request)
+            self.finished = NOTHING
+        else:
+            generated, answer, stop = self._cut(ended)
+            finished = self._summary(ended.reason, generated, answer, stop)
+            await commit_turn(desk, live, plan, finished, generated, aborted=aborted)
+            self.finished = finished
 
     def _cut(self, ended: Ended) -> tuple[list[int], str, str]:
-        """Tokens that stay in the log, the answer's text, and the stop string that ended it.
+        """Tokens that stay in the log, the answer's text, and the stop string that ended it; the cache keeps no others.
 
         After a stop string the model remembers what the user saw: tokens wholly before it, and the visible part of a
         token that it splits, encoded again.
         """
-        if ended.stop_hit is None:
-            shown = self.generated[:-1] if self.generated and self.generated[-1] in self._stop_ids else self.generated
-            return self.generated, self.desk.decode(shown), ""
-        hit = ended.stop_hit
-        whole = self.generated[: hit.n_whole_tokens]
-        history = len(self.live.ids) + len(self.plan.prompt)
+        generated, hit = self.generated, ended.stop_hit
+        if hit is not None:
+            generated = generated[: hit.n_whole_tokens]
         if self.live.cache:
-            self.live.cache.truncate(history + len(whole), self.desk.store.cell_tokens)
-        committed = whole + (self.desk.encode(hit.visible_rest) if hit.visible_rest else [])
-        return committed, self.desk.decode(whole) + hit.visible_rest, hit.stop
+            kept = len(self.live.ids) + len(self.plan.prompt) + len(generated)
+            self.live.cache.truncate(kept, self.desk.store.cell_tokens)
+        if hit is None:
+            shown = generated[:-1] if generated and generated[-1] in self._stop_ids else generated
+            return generated, self.desk.decode(shown), ""
+        rest = self.desk.encode(hit.visible_rest) if hit.visible_rest else []
+        return generated + rest, self.desk.decode(generated) + hit.visible_rest, hit.stop
 
-    def _ended_how(self, committed: list[int]) -> str | None:
-        """Whether the answer's end-of-turn tokens are logged; None where there is no answer to close."""
-        if self.plan.kind == "append":
-            return None
-        return "stop_token" if committed and committed[-1] in self.desk.stop_ids else "open"
-
-    def _summary(self, ended: Ended, stop: str, committed: int, usage: dict[str, int], answer: str) -> Finished:
+    def _summary(self, reason: FinishReason, generated: list[int], answer: str, stop: str) -> Finished:
+        assert self.accepted is not None
         now = time.perf_counter()
         decoding = now - self._first_token_at if self._first_token_at else 0.0
         count = len(self.generated) - len(self.plan.logged)
         cache = self.live.cache
         return Finished(
             revision=self.turn_id,
-            reason=None if self.plan.kind == "append" else ended.reason,
+            reason=None if self.plan.kind == "append" else reason,
             stop=stop,
-            committed=committed,
-            usage=usage,
+            committed=len(self.live.ids) + len(self.plan.prompt) + len(generated),
+            usage={"new": self.accepted.new, "reused": self.accepted.reused, "generated": len(generated)},
             ttft_ms=(self._first_token_at - self.began) * 1e3 if self._first_token_at else 0.0,
             tokens_per_second=(count - 1) / decoding if count > 1 and decoding > 0 else 0.0,
             answer=answer,
             memory={"device": cache.nbytes if cache else 0},
         )
 
-    async def _suspend(self) -> None:
-        """Leave the request open: its tokens are in the log, its KV stays hot until the session idles."""
-        request = replace(self.plan.request, state="suspended", updated_us=self.desk.now_us())
-        batch = LogBatch()
-        batch.put_request(request)
-        await asyncio.wrap_future(self.desk.store.log.write(batch))
-        self.failure = self._told or self.desk.suspended_error(request)
-
-    async def _discard(self) -> None:
-        """Nothing of the turn stays in the log; the KV of its base does."""
-        await self.desk.edit(self.live, lambda record: discarded(record, self.plan.request, self.desk.now_us()))
-        if self.live.cache:
-            self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
-        self.finished = NOTHING
-
     async def _fail(self, error: SessiondError) -> None:
         """Tell the client and the log. The session keeps its head.
 
         Where the store failed, the request stays open: what was acknowledged is in the log, and the turn can go on.
         """
-        if self.live.cache:
-            self.live.cache.truncate(len(self.live.ids), self.desk.store.cell_tokens)
         if self._opened and not isinstance(error, (ResourceExhausted, StoreReadOnly, Unavailable)):
             told = {"reason": error.reason, "message": error.message}
             try:
-                now = self.desk.now_us()
-                await self.desk.edit(self.live, lambda record: discarded(record, self.plan.request, now, told))
+                await discard_turn(self.desk, self.live, self.plan.request, told)
             except SessiondError as second:
                 log.error("failed turn could not be closed in the log", turn=self.turn_id, error=second.message)
         self.failure = error
-
-
-NOTHING = Finished("", FinishReason.ABORTED, "", 0, {}, 0.0, 0.0, "")
-
-
-def closed(record: SessionRecord) -> SessionRecord:
-    """The record without its pointer to an open request."""
-    return replace(record, extra={k: v for k, v in record.extra.items() if k != "open_request"})
-
-
-def discarded(
-    record: SessionRecord, request: RequestRecord, now_us: int, failed: dict[str, str] | None = None
-) -> LogBatch:
-    """Close a turn's request without a revision: drop its tokens and the session's pointer to it."""
-    batch = LogBatch()
-    batch.delete_revision(record.tenant, request.revision_id)
-    batch.put_session(closed(record))
-    state: RequestState = "failed" if failed else "aborted"
-    finished = {"error": failed} if failed else NOTHING.to_json()
-    batch.put_request(replace(request, state=state, updated_us=now_us, finished=finished))
-    return batch

@@ -21,7 +21,7 @@ from sessiond.errors import BadMessage, BadRequest, NotImplementedYet, SessiondE
 from sessiond.sampling import SamplingParams
 from sessiond.template import Message, ToolCall
 from sessiond.tiers import Restoration
-from sessiond.turn import Accepted, Finished, Tokens, TurnEvent
+from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent
 from sessiond.types import FinishReason
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2 as types

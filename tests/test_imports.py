@@ -31,6 +31,8 @@ LAYERS: list[list[str]] = [
     ["views"],
     ["admission"],
     ["turn"],
+    ["turnlog"],
+    ["turnplan", "turnevents"],
     ["desk"],
     ["live"],
     ["lifecycle"],

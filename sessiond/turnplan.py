@@ -1,0 +1,26 @@
+"""A turn before it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sessiond.sampling import SamplingParams
+from sessiond.storage.records import RequestRecord, SessionRecord
+from sessiond.template import Message
+
+
+@dataclass(frozen=True, slots=True)
+class TurnPlan:
+    """What a turn will do, settled before anything is written."""
+
+    record: SessionRecord
+    request: RequestRecord
+    prompt: list[int]
+    flags: list[int]
+    messages: tuple[Message, ...]
+    sampling: SamplingParams
+    kind: str = "turn"
+    drift: bool = False
+    logged: tuple[int, ...] = ()
+    attachment: str = "started"
+    abort_on_disconnect: bool = False
