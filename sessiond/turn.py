@@ -57,6 +57,7 @@ class Turn:
         self._opened = plan.attachment != "started"
         self._submitted = self._stopping = False
         self._told: SessiondError | None = None
+        self._broken: SessiondError | None = None
         self._stop_ids = desk.stop_ids_of(plan.sampling)
         goes_on = plan.kind == "turn" and not plan.prompt
         self._stream = desk.new_stream(plan.sampling.stop, live.ids if goes_on else None)
@@ -133,8 +134,9 @@ class Turn:
         try:
             await self._start()
             ended = await self._ended
-            if ended.error is not None:
-                raise ended.error
+            error = self._broken or ended.error
+            if error is not None:
+                raise error
             await self._finish(ended)
         except SessiondError as error:
             await self._fail(error)
@@ -233,6 +235,8 @@ class Turn:
             self._ended.set_result(event)
 
     def _log_token(self, event: TokenOut) -> None:
+        if self._broken:
+            return  # the log must have no gap
         self.generated.append(event.sampled.token_id)
         tokens = Tokens.of(event)
         batch = LogBatch()
@@ -257,10 +261,10 @@ class Turn:
             self._break_off(error if isinstance(error, SessiondError) else SessiondError(str(error)))
 
     def _break_off(self, error: SessiondError) -> None:
-        """The log takes no more tokens: stop computing them."""
-        self.desk.engine.cancel(self.turn_id)
-        if not self._ended.done():
-            self._ended.set_result(Ended(self.turn_id, FinishReason.ABORTED, error=error))
+        """The log takes no more tokens: stop computing them. The turn is over when the engine lets go of its cache."""
+        if not self._broken:
+            self._broken = error
+            self.desk.engine.cancel(self.turn_id)
 
     def _publish(self, tokens: Tokens) -> None:
         if not self._first_token_at:
@@ -324,7 +328,8 @@ class Turn:
     async def _fail(self, error: SessiondError) -> None:
         """Tell the client and the log. The session keeps its head.
 
-        Where the store failed, the request stays open: what was acknowledged is in the log, and the turn can go on.
+        Where the store failed, the request stays open: what was acknowledged is in the log, and the turn can go on. Its
+        KV stays too: it is that of the logged tokens, and where it reaches beyond them `TurnWork` cuts it off.
         """
         if self._opened and not isinstance(error, (ResourceExhausted, StoreReadOnly, Unavailable)):
             told = {"reason": error.reason, "message": error.message}
