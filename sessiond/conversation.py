@@ -11,6 +11,7 @@ import structlog
 
 from sessiond import admission
 from sessiond.admission import TurnRequest
+from sessiond.branch import read_branch
 from sessiond.desk import Desk
 from sessiond.errors import (
     BadRequest,
@@ -24,7 +25,6 @@ from sessiond.sampling import SamplingParams
 from sessiond.scheduler import replay
 from sessiond.sessions import Sessions, refuse_busy
 from sessiond.storage.records import RequestRecord
-from sessiond.tiers import read_branch
 from sessiond.turn import Turn
 from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent
 from sessiond.turnlog import discard_turn

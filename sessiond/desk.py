@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import structlog
 
+from sessiond.branch import Ids
 from sessiond.config import Settings
 from sessiond.engine import Engine
 from sessiond.errors import MemoryBudget, SessiondError, TurnSuspended
@@ -24,7 +25,7 @@ from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate
 from sessiond.textstream import Detokenizer, TextStream
-from sessiond.tiers import Ids, Restoration, Tiers
+from sessiond.tiers import Restoration, Tiers
 
 if TYPE_CHECKING:
     from sessiond.turn import Turn
@@ -205,7 +206,7 @@ class Desk:
                 return 0, 0
             written = await self.persist(live)
             cache, freed = live.cache, live.drop_cache()
-            await self.in_pool(self.tiers.give_back, cache)
+            await self.in_pool(self.tiers.memory.give_back, cache)
             return written, freed
 
     # --- after a turn --------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sessiond.branch import Ids, read_branch
 from sessiond.cache import SessionCache
 from sessiond.lifecycle import Event, State, advance
 from sessiond.storage.log import LogStore
 from sessiond.storage.records import RevisionRecord, SessionRecord
-from sessiond.tiers import Ids, read_branch
 
 if TYPE_CHECKING:
     from sessiond.turn import Turn

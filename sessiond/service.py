@@ -13,6 +13,7 @@ from sessiond import wire
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
+from sessiond.diskuse import disk_totals
 from sessiond.errors import BadRequest, NotImplementedYet, SessiondError
 from sessiond.policies.registry import POLICIES
 from sessiond.sessions import Sessions
@@ -192,7 +193,7 @@ class AdminService(AdminServicer):
     async def GetStats(self, request: admin.GetStatsRequest, context: Context) -> admin.GetStatsResponse:
         self.tenant(context)
         desk = self.sessions.desk
-        usage = await desk.in_pool(desk.tiers.disk_usage)
+        usage = await desk.in_pool(disk_totals, desk.store)
         counters = desk.engine.counters
         hot = desk.hot_sessions
         response = admin.GetStatsResponse(

@@ -15,7 +15,9 @@ from blake3 import blake3
 
 from sessiond import admission
 from sessiond.admission import TurnRequest
+from sessiond.branch import read_branch
 from sessiond.desk import Desk
+from sessiond.diskuse import erase_session
 from sessiond.errors import (
     BadRequest,
     DataLoss,
@@ -41,7 +43,7 @@ from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed
 from sessiond.storage.records import RevisionRecord, SessionRecord
 from sessiond.template import Message
-from sessiond.tiers import Restoration, read_branch
+from sessiond.tiers import Restoration
 from sessiond.views import NewSession, RevisionView, SessionView
 
 log = structlog.get_logger()
@@ -383,7 +385,7 @@ class Sessions:
         """Erase a session: its records, and all KV that no other session of the tenant uses."""
         # The index first: a death in between leaves a session to purge again, not one the log seems to have lost.
         await self.desk.in_sql(self.desk.store.catalog.remove_session, tenant, session_id)
-        freed: int = await self.desk.in_pool(self.desk.tiers.erase, tenant, session_id)
+        freed: int = await self.desk.in_pool(erase_session, self.desk.store, self.desk.identity_id, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
         return freed
 
