@@ -57,13 +57,15 @@ def disk_totals(store: Store) -> DiskTotals:
     )
 
 
-def erase_session(store: Store, identity_id: str, tenant: str, session_id: str) -> int:
+def erase_session(store: Store, tenant: str, session_id: str) -> int:
     """Delete a session, its revisions and requests, and the KV that no other session of the tenant uses.
 
     References go first, in one transaction: a death in between leaves unreferenced blocks, no dangling reference.
-    Returns the bytes of KV freed.
+    Its KV is found by the identity it was made under, whatever model is served now. Returns the bytes of KV freed.
+    Raises SessionNotFound.
     """
     log = store.log
+    identity_id = log.session(tenant, session_id).identity_id
     kept, kept_cells = _reachable(store, tenant, session_id)
     own = [r for r in log.revisions_of_session(tenant, session_id) if r.revision_id not in kept]
     parents = {revision.parent for revision in own}

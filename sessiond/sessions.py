@@ -385,7 +385,7 @@ class Sessions:
         """Erase a session: its records, and all KV that no other session of the tenant uses."""
         # The index first: a death in between leaves a session to purge again, not one the log seems to have lost.
         await self.desk.in_sql(self.desk.store.catalog.remove_session, tenant, session_id)
-        freed: int = await self.desk.in_pool(erase_session, self.desk.store, self.desk.identity_id, tenant, session_id)
+        freed: int = await self.desk.in_pool(erase_session, self.desk.store, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
         return freed
 

@@ -218,7 +218,9 @@ async def test_a_session_of_another_model_is_refused_by_name(daemons: Daemons, t
     daemon = await daemons.start()
     async with peer_of(daemon.port) as peer:
         session = (await peer.create(system="Be brief.")).session_id
-        before = await peer.get(session)
+        await peer.turn(session, TEXTS[0], max_tokens=4)
+        before = await peer.settled(session)
+        assert before.exact_upto > 0
     other = write_chat_model(tmp_path / "other", seed=1)
     daemon = await daemons.restart(daemon, model=str(other))
     async with peer_of(daemon.port) as peer:
@@ -230,8 +232,10 @@ async def test_a_session_of_another_model_is_refused_by_name(daemons: Daemons, t
         with refused("IDENTITY_MISMATCH", StatusCode.FAILED_PRECONDITION):
             await peer.count(session, "Tell me")
         # Reading, labelling and deleting need no model.
-        assert len(await peer.revisions(session)) == 1
-        await peer.delete(session, purge_now=True)
+        assert len(await peer.revisions(session)) == 2
+        assert (await peer.delete(session, purge_now=True)).freed_bytes > 0
+        assert daemon.desk.store.log.all_cell_refs("default") == []
+        assert daemon.desk.store.blocks.stat().entries == 0
 
 
 async def test_a_spawned_daemon_stops_when_told(spawn):
