@@ -20,7 +20,7 @@ from _bench import alternating, disk_folder, exit_on_sigterm, median, print_json
 from _turns import prose, run_turn, settled, token_ms
 from transformers.utils import logging as transformers_logging
 
-from sessiond import wire
+from sessiond import wirein
 from sessiond.auth import DEFAULT_TENANT
 from sessiond.clients import Client
 from sessiond.config import Settings
@@ -34,7 +34,7 @@ Times = tuple[float, float]  # to the first token, and a token after that; in mi
 
 async def in_process(daemon: Daemon, session_id: str, ids: list[int], n_tokens: int) -> Times:
     """One turn without gRPC. The request is built before the clock starts."""
-    request = wire.turn_request(
+    request = wirein.turn_request(
         sessions_pb2.GenerateRequest(
             session_id=session_id,
             request_id=uuid.uuid4().hex,
@@ -116,7 +116,8 @@ async def compare(daemon: Daemon, n_tokens: int, repeats: int) -> tuple[list[Tim
         start = sessions_pb2.CreateSessionRequest()
         start.token_ids.ids.extend(ids[:1])
         names = [
-            (await daemon.sessions.create(DEFAULT_TENANT, wire.new_session(start))).record.session_id for _ in range(2)
+            (await daemon.sessions.create(DEFAULT_TENANT, wirein.new_session(start))).record.session_id
+            for _ in range(2)
         ]
         at, end = 1, FIRST_TOKENS
         for repeat in range(-2, repeats):

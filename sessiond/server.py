@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from sessiond import modelstore, wire
+from sessiond import modelstore, wireout
 from sessiond.auth import Principals
 from sessiond.config import Settings
 from sessiond.conversation import Conversations
@@ -121,7 +121,7 @@ async def _abort(context: Any, error: Exception) -> None:
     if not isinstance(error, SessiondError):
         log.exception("internal error")
         error = SessiondError("internal error; the daemon's log has the details")
-    await context.abort_with_status(rpc_status.to_status(wire.rpc_error(error)))
+    await context.abort_with_status(rpc_status.to_status(wireout.rpc_error(error)))
 
 
 class Daemon:

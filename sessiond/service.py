@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from sessiond import wire
+from sessiond import wirein, wireout
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
@@ -37,13 +37,13 @@ class SessionsService(SessionsServicer):
         self.tenant = principals.tenant
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> types.Session:
-        return wire.session(await self.sessions.create(self.tenant(context), wire.new_session(request)))
+        return wireout.session(await self.sessions.create(self.tenant(context), wirein.new_session(request)))
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> types.Session:
-        return wire.session(await self.sessions.get(self.tenant(context), request.session_id))
+        return wireout.session(await self.sessions.get(self.tenant(context), request.session_id))
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
-        labels, state, hot = wire.parse_filter(request.filter)
+        labels, state, hot = wirein.parse_filter(request.filter)
         if state is None and not request.show_deleted:
             state = "active"
         views, token = await self.sessions.page(
@@ -54,61 +54,61 @@ class SessionsService(SessionsServicer):
             page_size=request.page_size,
             page_token=request.page_token,
         )
-        return pb.ListSessionsResponse(sessions=[wire.session(view) for view in views], next_page_token=token)
+        return pb.ListSessionsResponse(sessions=[wireout.session(view) for view in views], next_page_token=token)
 
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> types.Session:
         changes: dict[str, Any] = {}
         for path in request.update_mask.paths or _present(request.session):
             if path == "labels":
-                changes["labels"] = wire.labels(request.session.labels)
+                changes["labels"] = wirein.labels(request.session.labels)
             elif path == "policy":
-                name, knobs = wire.policy(request.session.policy)
+                name, knobs = wirein.policy(request.session.policy)
                 changes["policy"] = {"name": name, "knobs": knobs}
             elif path == "ttl":
                 given = request.session.HasField("ttl")
-                changes["ttl_us"] = wire.ttl_us(request.session.ttl) if given else None
+                changes["ttl_us"] = wirein.ttl_us(request.session.ttl) if given else None
                 if not given:
                     changes["expire_us"] = None
             elif path == "expire_time":
                 given = request.session.HasField("expire_time")
-                changes["expire_us"] = wire.expire_us(request.session.expire_time) if given else None
+                changes["expire_us"] = wirein.expire_us(request.session.expire_time) if given else None
                 changes["ttl_us"] = None
             else:
                 raise BadRequest(f"{path!r} cannot be updated; {', '.join(_UPDATABLE)} can", field="update_mask")
         session = request.session
         view = await self.sessions.update(self.tenant(context), session.session_id, session.etag, changes)
-        return wire.session(view)
+        return wireout.session(view)
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         view, freed = await self.sessions.delete(
             self.tenant(context), request.session_id, request.etag, purge_now=request.purge_now
         )
-        return pb.DeleteSessionResponse(session=wire.session(view) if view else None, freed_bytes=freed)
+        return pb.DeleteSessionResponse(session=wireout.session(view) if view else None, freed_bytes=freed)
 
     async def UndeleteSession(self, request: pb.UndeleteSessionRequest, context: Context) -> types.Session:
         view = await self.sessions.undelete(self.tenant(context), request.session_id, request.etag)
-        return wire.session(view)
+        return wireout.session(view)
 
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
         views, token = await self.sessions.revisions(
             self.tenant(context), request.session_id, request.page_size, request.page_token
         )
-        return pb.ListRevisionsResponse(revisions=[wire.revision(view) for view in views], next_page_token=token)
+        return pb.ListRevisionsResponse(revisions=[wireout.revision(view) for view in views], next_page_token=token)
 
     async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> types.Revision:
         view = await self.sessions.revision(self.tenant(context), request.session_id, request.revision_id)
-        return wire.revision(view)
+        return wireout.revision(view)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.TurnEvent]:
-        events = self.conversations.generate(self.tenant(context), wire.turn_request(request))
+        events = self.conversations.generate(self.tenant(context), wirein.turn_request(request))
         sequence = 0
         try:
             async for event in events:
-                yield wire.turn_event(sequence, event)
+                yield wireout.turn_event(sequence, event)
                 sequence += 1
         except SessiondError as error:
             if sequence:  # a turn that was accepted ends with a `failed` event, then with the status
-                yield pb.TurnEvent(sequence=sequence, failed=pb.Failed(status=wire.rpc_error(error)))
+                yield pb.TurnEvent(sequence=sequence, failed=pb.Failed(status=wireout.rpc_error(error)))
             raise
         finally:
             await events.aclose()  # type: ignore[attr-defined]
@@ -121,17 +121,19 @@ class SessionsService(SessionsServicer):
 
     async def WarmSession(self, request: pb.WarmSessionRequest, context: Context) -> pb.WarmSessionResponse:
         view, report = await self.sessions.warm(self.tenant(context), request.session_id)
-        return pb.WarmSessionResponse(session=wire.session(view), restored=wire.restored(report) if report else None)
+        return pb.WarmSessionResponse(
+            session=wireout.session(view), restored=wireout.restored(report) if report else None
+        )
 
     async def SuspendSession(self, request: pb.SuspendSessionRequest, context: Context) -> pb.SuspendSessionResponse:
         view, written, freed = await self.sessions.suspend(self.tenant(context), request.session_id)
-        return pb.SuspendSessionResponse(session=wire.session(view), bytes_written=written, bytes_freed=freed)
+        return pb.SuspendSessionResponse(session=wireout.session(view), bytes_written=written, bytes_freed=freed)
 
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         tokens, held = await self.sessions.count_tokens(
             self.tenant(context),
             request.session_id,
-            wire.messages(request.messages),
+            wirein.messages(request.messages),
             generation_prompt=request.add_generation_prompt,
         )
         limit = self.sessions.desk.max_context
@@ -184,7 +186,7 @@ class AdminService(AdminServicer):
             kernels={name: self.profile[name] for name in ("prefill", "few_rows")},
             cell_tokens=desk.store.cell_tokens,
             max_context_tokens=desk.max_context,
-            start_time=wire.timestamp(self.started_us),
+            start_time=wireout.timestamp(self.started_us),
             data_directory=str(desk.store.root),
             state=state,
             policies=sorted(POLICIES),
@@ -220,7 +222,7 @@ class AdminService(AdminServicer):
                 reused=desk.reused_tokens,
             ),
             gauges={"kv_coded_page_bytes": float(usage.coded_pages), "engine_steps": float(counters.steps)},
-            sample_time=wire.timestamp(desk.now_us()),
+            sample_time=wireout.timestamp(desk.now_us()),
         )
         response.uptime.FromNanoseconds(int((time.monotonic() - self.started) * 1e9))
         return response
