@@ -306,24 +306,10 @@ class TestFailure:
         assert "secret" not in error.value.message
 
 
-def openssl(*arguments: str, cwd: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=cwd, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ca, server, alice and stranger (of another CA), each .crt and .key."""
-    folder = tmp_path_factory.mktemp("certificates")
-    for ca in ("ca", "other-ca"):
-        openssl("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-                "-keyout", f"{ca}.key", "-out", f"{ca}.crt", "-subj", f"/CN={ca}", cwd=folder)  # fmt: skip
-    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-    for name, ca in (("server", "ca"), ("alice", "ca"), ("stranger", "other-ca")):
-        openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}", cwd=folder)  # fmt: skip
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", f"{ca}.crt", "-CAkey", f"{ca}.key", "-CAcreateserial",
-                "-days", "2", "-extfile", "names", "-out", f"{name}.crt", cwd=folder)  # fmt: skip
-    return folder
+@pytest.fixture
+def certificates() -> Path:
+    """ca, and with keys: server, alice and stranger (of another CA)."""
+    return Path(__file__).with_name("certificates")
 
 
 def credentials(folder: Path, name: str = "") -> grpc.ChannelCredentials:
