@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import platform
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +106,40 @@ def machine() -> dict[str, Any]:
 
 def today() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d")
+
+
+class Conditions:
+    """Under what a measurement ran: made right before it, told right after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file_system = file_system(folder)
+        self._machine = machine()
+        self._neighbours = Neighbours()
+
+    def told(self) -> dict[str, Any]:
+        """The part of the JSON object that holds them."""
+        return {
+            "others_cpu_share": self._neighbours.share(),
+            "file_system": self._file_system,
+            "date": today(),
+            "machine": self._machine,
+        }
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser that describes itself by the first line of a script's `__doc__` and knows --model."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--model", default="smollm2")
+    return parser
+
+
+@contextlib.contextmanager
+def data_folder(purpose: str, out: Console, remark: str = "") -> Iterator[Path]:
+    """A `disk_folder` for data directories. Says where it is and on what, and `remark`; SIGTERM removes it too."""
+    exit_on_sigterm()
+    with disk_folder(f"sessiond-{purpose}-") as name:
+        out.print(f"data in {name}, on {file_system(Path(name))}{remark}")
+        yield Path(name)
 
 
 def disk_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:

@@ -9,7 +9,6 @@ last token the decoding at that context. Every repeat takes another stretch of t
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from dataclasses import dataclass, field
@@ -18,19 +17,16 @@ from typing import Any
 
 import torch
 from _bench import (
-    Neighbours,
+    Conditions,
     agreeing_prefix,
     alternating,
+    arguments,
     console,
-    disk_folder,
-    exit_on_sigterm,
-    file_system,
-    machine,
+    data_folder,
     median,
     print_json,
     ratios,
     spread,
-    today,
 )
 from _daemon import DaemonProcess
 from _turns import prose, run_turn, token_ms, wait_settled
@@ -185,25 +181,20 @@ def check(results: dict[int, Pairs]) -> dict[str, float]:
 
 
 def main() -> None:
-    exit_on_sigterm()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2")
+    parser = arguments(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, PREFILL_CONTEXT])
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode in each repeat")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each, the daemon and the peer")
     options = parser.parse_args()
     path = modelstore.resolve(options.model).path
-    described = machine()
     transformers_logging.disable_progress_bar()
     peer = Peer(path, options.threads)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     text = tokenizer.encode(prose(), add_special_tokens=False)
-    neighbours = Neighbours()
-    with disk_folder("sessiond-bench-") as name:
-        kind = file_system(Path(name))
-        out.print(f"data in {name}, on {kind}; {options.threads} threads each; one warm-up turn of each first")
-        with DaemonProcess(Path(name) / "data", "--threads", str(options.threads), model=options.model) as daemon:
+    with data_folder("bench", out, f"; {options.threads} threads each; one warm-up turn of each first") as folder:
+        conditions = Conditions(folder)
+        with DaemonProcess(folder / "data", "--threads", str(options.threads), model=options.model) as daemon:
             ours = Ours(daemon.client())
             for runner in (ours, peer):
                 runner.run(text[-256:], 8)
@@ -225,10 +216,7 @@ def main() -> None:
             "ours": "daemon in its own process, through gRPC",
             "peer": f"transformers generate, DynamicCache, {peer.attention}, in this process",
             "order": "alternating (ABBA), never both at once",
-            "others_cpu_share": neighbours.share(),
-            "file_system": kind,
-            "date": today(),
-            "machine": described,
+            **conditions.told(),
         }
     )
 

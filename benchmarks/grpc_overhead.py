@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from _bench import alternating, disk_folder, exit_on_sigterm, median, print_json, rounded, spread
+from _bench import alternating, arguments, disk_folder, exit_on_sigterm, median, print_json, rounded, spread
 from _turns import prose, run_turn, settled, token_ms
 from transformers.utils import logging as transformers_logging
 
@@ -163,8 +163,7 @@ async def run(model: str, n_tokens: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     exit_on_sigterm()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2")
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=32, help="tokens to decode in each turn")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)

@@ -7,17 +7,12 @@ process, from the tokens alone. For the provisional tail, which depends on how i
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
 from _bench import print_json
+from _model import data_dir_arguments, load_model
 from _store import Stored, open_longest
-from transformers.utils import logging as transformers_logging
 
-from sessiond import modelstore
 from sessiond.cache import SessionCache
 from sessiond.model import Feed, Model
 from sessiond.storage.kv import kv_digest
@@ -66,13 +61,8 @@ def compare(stored: Stored, restored: SessionCache, computed: SessionCache) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--model", default="smollm2")
-    options = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = Model.load(modelstore.resolve(options.model).path)
+    options = data_dir_arguments(__doc__).parse_args()
+    model = load_model(options.model)
     with open_longest(options.data_dir) as stored:
         record = stored.record
         tiers = Tiers(stored.store, model.shape, model.max_context, record.identity_id, stored.cells[0].profile_id)

@@ -13,26 +13,22 @@ dropped before every resume. Then, once: kv_identity.py and grpc_overhead.py.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from _bench import (
-    Neighbours,
+    Conditions,
     alternating,
+    arguments,
     console,
-    disk_folder,
-    exit_on_sigterm,
-    file_system,
-    machine,
+    data_folder,
     median,
     print_json,
     ratios,
     rounded,
     run_script,
     spread,
-    today,
 )
 from _daemon import DaemonProcess, copy_data, drop_page_cache
 from _store import open_longest
@@ -226,19 +222,15 @@ def report(found: Repeats, disk: dict[str, float], identical: bool, grpc: dict[s
 
 
 def main() -> None:
-    exit_on_sigterm()
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="smollm2")
+    parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=6000, help="tokens of the document")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--grpc-repeats", type=int, default=40, help="0: leave that part out")
     parser.add_argument("--cold", action="store_true", help="drop the page cache of the data before every resume")
     options = parser.parse_args()
-    described, neighbours = machine(), Neighbours()
-    with disk_folder("sessiond-bench-") as name:
-        folder = Path(name)
-        kind = file_system(folder)
-        out.print(f"data in {folder}, on {kind}; page cache {'cold' if options.cold else 'warm'}")
+    page_cache = "cold" if options.cold else "warm"
+    with data_folder("bench", out, f"; page cache {page_cache}") as folder:
+        conditions = Conditions(folder)
         prepared = prepare(folder, options.model, options.tokens)
         found, facts = measure(prepared, folder, options.model, options.repeats, options.cold)
         out.print("is restored KV what was computed?")
@@ -263,11 +255,8 @@ def main() -> None:
             "grpc": grpc,
             "repeats": options.repeats,
             "order": "alternating (ABBA); restarts after SIGKILL and SIGTERM in turn",
-            "page_cache": "cold" if options.cold else "warm",
-            "others_cpu_share": neighbours.share(),
-            "file_system": kind,
-            "date": today(),
-            "machine": described,
+            "page_cache": page_cache,
+            **conditions.told(),
         }
     )
 

@@ -7,18 +7,14 @@ one forward on top of them. No log, no gRPC, no scheduling, no allocation.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import torch
 from _bench import median, print_json, rounded
+from _model import data_dir_arguments, load_model
 from _store import Stored, open_longest
-from transformers.utils import logging as transformers_logging
 
-from sessiond import modelstore
 from sessiond.cache import SessionCache
 from sessiond.model import Feed, Model
 from sessiond.storage.kv import KVOwner
@@ -76,15 +72,11 @@ def measure(stored: Stored, model: Model, n_new: int, repeats: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--model", default="smollm2")
+    parser = data_dir_arguments(__doc__)
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count() or 1)
-    model = Model.load(modelstore.resolve(options.model).path)
+    model = load_model(options.model)
     with open_longest(options.data_dir) as stored:
         print_json(measure(stored, model, options.new_tokens, options.repeats))
 

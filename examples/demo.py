@@ -17,7 +17,7 @@ from rich.table import Table
 # The daemon process and the timed turns are shared with the benchmarks.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from _bench import console, disk_folder, exit_on_sigterm, file_system, print_json
+from _bench import console, data_folder, print_json
 from _daemon import DaemonProcess
 from _turns import (
     FIRST_QUESTION,
@@ -141,10 +141,7 @@ def show(talk: Conversation, resumed: Turn, computed: Turn) -> None:
 
 
 def main() -> int:
-    exit_on_sigterm()
-    with disk_folder("sessiond-demo-") as name:
-        folder = Path(name)
-        say(f"data in {folder}, on {file_system(folder)}")
+    with data_folder("demo", out) as folder:
         talk, resumed, computed = killed(folder)
         control = never_killed(folder)
     total = resumed.reused + resumed.computed

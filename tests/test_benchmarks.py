@@ -108,6 +108,29 @@ def test_folders_for_data_are_never_in_memory(bench: ModuleType, monkeypatch: py
         bench.disk_folder("test-")
 
 
+def test_a_data_folder_says_where_it_is_and_goes_away(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(bench, "file_system", lambda path: "ext4")
+    monkeypatch.setattr(bench, "exit_on_sigterm", lambda: None)
+    with bench.data_folder("bench", bench.console(), "; quietly") as folder:
+        assert folder.parent == tmp_path
+        conditions = bench.Conditions(folder)
+    assert not folder.exists()
+    assert capsys.readouterr().out == f"data in {folder}, on ext4; quietly\n"
+    told = conditions.told()
+    assert set(told) == {"others_cpu_share", "file_system", "date", "machine"}
+    assert told["file_system"] == "ext4"
+
+
+def test_arguments_know_the_model_and_the_scripts_first_line(bench: ModuleType) -> None:
+    parser = bench.arguments("What it measures.\n\nAnd how.")
+    assert parser.description == "What it measures."
+    assert parser.parse_args([]).model == "smollm2"
+    assert parser.parse_args(["--model", "x"]).model == "x"
+
+
 def test_busy_seconds_leave_idle_and_waiting_out(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.os, "sysconf", lambda name: 100)
     assert bench.busy_seconds("cpu  100 10 200 9999 888 5 5 80 0 0\ncpu0 1 1 1 1\n") == 4.0
