@@ -82,7 +82,7 @@ class Conversations:
                 raise
             attachment = turn.plan.attachment
             break
-        async for event in turn.events(request.resume_after, attachment):
+        async for event in turn.stream.events(request.resume_after, attachment):
             yield event
 
     async def _start(self, tenant: str, live: Live, request: TurnRequest, row: RequestRecord | None) -> Turn:
@@ -163,7 +163,7 @@ class Conversations:
         if turn and request_id == turn.plan.request.request_id:
             turn.stop("commit" if commit else "discard")
             await turn.done()
-            return True, turn.finished.revision if turn.finished else "", len(turn.generated)
+            return True, turn.stream.finished.revision if turn.stream.finished else "", len(turn.generated)
         row = self.desk.store.log.request(tenant, session_id, request_id)
         if row is None:
             raise SessionNotFound(f"no turn {request_id} in session {session_id}", request_id=request_id)

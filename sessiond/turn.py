@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from dataclasses import replace
 
 import numpy as np
 import structlog
@@ -23,9 +21,10 @@ from sessiond.sampling import Sampler
 from sessiond.scheduler import Ended, Event, TokenOut, TurnWork
 from sessiond.storage.batch import LogBatch
 from sessiond.tiers import Recompute, Restoration
-from sessiond.turnevents import NOTHING, Accepted, Finished, Tokens, TurnEvent
+from sessiond.turnevents import NOTHING, Accepted, Finished, Tokens
 from sessiond.turnlog import commit_turn, discard_turn, open_turn, suspend_turn
 from sessiond.turnplan import TurnPlan
+from sessiond.turnstream import TurnStream
 from sessiond.types import FinishReason
 
 log = structlog.get_logger()
@@ -43,15 +42,10 @@ class Turn:
         self.plan = plan
         self.turn_id = plan.request.revision_id
         self.began = time.perf_counter()
-        self.accepted: Accepted | None = None
-        self.restored: Restoration | None = None
-        self.finished: Finished | None = None
-        self.failure: SessiondError | None = None
+        self.stream = TurnStream(self._attached, self._detached)
         self.generated: list[int] = list(plan.logged)
-        self._published: list[Tokens] = []
         self._first_token_at = 0.0
         self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
-        self._listeners: set[asyncio.Event] = set()
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
         self._opened = plan.attachment != "started"
@@ -60,48 +54,13 @@ class Turn:
         self._broken: SessiondError | None = None
         self._stop_ids = desk.stop_ids_of(plan.sampling)
         goes_on = plan.kind == "turn" and not plan.prompt
-        self._stream = desk.new_stream(plan.sampling.stop, live.ids if goes_on else None)
+        self._text = desk.new_stream(plan.sampling.stop, live.ids if goes_on else None)
 
     # --- what clients do -----------------------------------------------------------------------------------------
 
-    async def events(self, resume_after: int, attachment: str) -> AsyncIterator[TurnEvent]:
-        """The turn's events for one client, tokens from index `resume_after` on. Raises what the turn failed with."""
-        wake = asyncio.Event()
-        self._listeners.add(wake)
-        if self._detach_timer:
-            self._detach_timer.cancel()
-            self._detach_timer = None
-        try:
-            sent_accepted = sent_restored = False
-            position = 0
-            while True:
-                wake.clear()
-                if self.accepted and not sent_accepted:
-                    sent_accepted = True
-                    yield replace(self.accepted, attachment=attachment)
-                if self.restored and sent_accepted and not sent_restored:
-                    sent_restored = True
-                    yield self.restored
-                while position < len(self._published):
-                    tokens = self._published[position]
-                    position += 1
-                    if tokens.first_index >= resume_after:
-                        yield tokens
-                if self.failure:
-                    raise self.failure
-                if self.finished:
-                    yield self.finished
-                    return
-                if position == len(self._published):
-                    await wake.wait()
-        finally:
-            self._listeners.discard(wake)
-            if not self._listeners and not self.over:
-                self._detached()
-
     @property
     def over(self) -> bool:
-        return self.finished is not None or self.failure is not None or self._ended.done()
+        return self.stream.over or self._ended.done()
 
     def stop(self, outcome: str, told: SessiondError | None = None) -> None:
         """End the turn at the next step. `outcome`: commit (as aborted), discard, or suspend (listeners are `told`)."""
@@ -115,16 +74,19 @@ class Turn:
         async with self.live.lease:
             pass
 
+    def _attached(self) -> None:
+        if self._detach_timer:
+            self._detach_timer.cancel()
+            self._detach_timer = None
+
     def _detached(self) -> None:
+        if self.over:
+            return
         if self.plan.abort_on_disconnect:
             self.stop("discard")
             return
         loop = asyncio.get_running_loop()
         self._detach_timer = loop.call_later(self.desk.settings.detached_turn_seconds, self.stop, "suspend")
-
-    def _wake(self) -> None:
-        for listener in self._listeners:
-            listener.set()
 
     # --- what the turn does --------------------------------------------------------------------------------------
 
@@ -145,9 +107,8 @@ class Turn:
             await self._fail(SessiondError(f"the turn failed: {error}"))
         finally:
             self.desk.turns.pop(self.turn_id, None)
-            if self._detach_timer:
-                self._detach_timer.cancel()
-            self._wake()
+            self._attached()
+            self.stream.wake()
 
     async def commit_aborted(self) -> None:
         """Make a suspended turn a revision as it stands, without the engine. The caller holds the lease."""
@@ -162,7 +123,7 @@ class Turn:
         opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
         try:
             if live.cache is None and plan.kind != "append":
-                self.restored = await self.desk.warm(live)
+                self.stream.restored = await self.desk.warm(live)
         finally:
             if opening is not None:
                 await opening
@@ -186,15 +147,15 @@ class Turn:
             max_context=self.desk.max_context,
             stop_ids=self._stop_ids,
             sampler=sampler,
-            stream=self._stream,
+            stream=self._text,
         )
         for token in work.replayed:
-            self._published.append(Tokens.of(token))
+            self.stream.tokens.append(Tokens.of(token))
         computed = sum(piece.end - piece.start for piece in work.pieces)
-        if self.restored is not None:
-            self._explain_restoration(self.restored, work)
-            if not (self.restored.tokens_restored or self.restored.recomputed):
-                self.restored = None  # there was nothing to restore
+        if self.stream.restored is not None:
+            self._explain_restoration(self.stream.restored, work)
+            if not (self.stream.restored.tokens_restored or self.stream.restored.recomputed):
+                self.stream.restored = None  # there was nothing to restore
         self.desk.reused_tokens += len(tokens) - computed
         self._accept(new=computed, reused=len(tokens) - computed)
         if work.ended_before:
@@ -206,7 +167,7 @@ class Turn:
             self.desk.engine.submit(work)
 
     def _accept(self, new: int, reused: int) -> None:
-        self.accepted = Accepted(
+        self.stream.accepted = Accepted(
             base_revision=self.plan.request.base_revision,
             turn_revision=self.turn_id,
             new=new,
@@ -215,7 +176,7 @@ class Turn:
             attachment=self.plan.attachment,
             log_start=len(self.live.ids),
         )
-        self._wake()
+        self.stream.wake()
 
     async def _open(self) -> None:
         await open_turn(self.desk, self.live, self.plan)
@@ -269,8 +230,8 @@ class Turn:
     def _publish(self, tokens: Tokens) -> None:
         if not self._first_token_at:
             self._first_token_at = time.perf_counter()
-        self._published.append(tokens)
-        self._wake()
+        self.stream.tokens.append(tokens)
+        self.stream.wake()
 
     # --- how it ends ---------------------------------------------------------------------------------------------
 
@@ -279,15 +240,15 @@ class Turn:
         aborted = ended.reason is FinishReason.ABORTED
         if aborted and self._outcome == "suspend":
             request = await suspend_turn(desk, plan.request)
-            self.failure = self._told or desk.suspended_error(request)
+            self.stream.failure = self._told or desk.suspended_error(request)
         elif aborted and self._outcome == "discard":
             await discard_turn(desk, live, plan.request)
-            self.finished = NOTHING
+            self.stream.finished = NOTHING
         else:
             generated, answer, stop = self._cut(ended)
             finished = self._summary(ended.reason, generated, answer, stop)
             await commit_turn(desk, live, plan, finished, generated, aborted=aborted)
-            self.finished = finished
+            self.stream.finished = finished
 
     def _cut(self, ended: Ended) -> tuple[list[int], str, str]:
         """Tokens that stay in the log, the answer's text, and the stop string that ended it; the cache keeps no others.
@@ -308,7 +269,7 @@ class Turn:
         return generated + rest, self.desk.decode(generated) + hit.visible_rest, hit.stop
 
     def _summary(self, reason: FinishReason, generated: list[int], answer: str, stop: str) -> Finished:
-        assert self.accepted is not None
+        assert self.stream.accepted is not None
         now = time.perf_counter()
         decoding = now - self._first_token_at if self._first_token_at else 0.0
         count = len(self.generated) - len(self.plan.logged)
@@ -318,7 +279,7 @@ class Turn:
             reason=None if self.plan.kind == "append" else reason,
             stop=stop,
             committed=len(self.live.ids) + len(self.plan.prompt) + len(generated),
-            usage={"new": self.accepted.new, "reused": self.accepted.reused, "generated": len(generated)},
+            usage={"new": self.stream.accepted.new, "reused": self.stream.accepted.reused, "generated": len(generated)},
             ttft_ms=(self._first_token_at - self.began) * 1e3 if self._first_token_at else 0.0,
             tokens_per_second=(count - 1) / decoding if count > 1 and decoding > 0 else 0.0,
             answer=answer,
@@ -337,4 +298,4 @@ class Turn:
                 await discard_turn(self.desk, self.live, self.plan.request, told)
             except SessiondError as second:
                 log.error("failed turn could not be closed in the log", turn=self.turn_id, error=second.message)
-        self.failure = error
+        self.stream.failure = error
