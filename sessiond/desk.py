@@ -238,6 +238,8 @@ class Desk:
             await self.persist(live)
         except SessiondError as error:
             log.error("KV could not be persisted", session=live.session_id, error=error.message)
+        except Exception:
+            log.exception("KV could not be persisted", session=live.session_id)  # nobody waits for this task's result
 
     async def _seal(self, live: Live) -> None:
         assert live.cache is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 
 import structlog
 
@@ -28,24 +29,21 @@ class Keeper:
         """Delete expired sessions, purge deleted ones, let idle ones leave memory. Runs until cancelled."""
         while True:
             await asyncio.sleep(self.desk.settings.sweep_seconds)
-            try:
-                await self._sweep_once()
-            except SessiondError as error:
-                log.error("sweep failed", error=error.message)
+            await _guarded(self._sweep_once(), "")
 
     async def _sweep_once(self) -> None:
         due = await self.desk.in_sql(self.desk.store.catalog.due, self.desk.now_us())
         for key in due.expired:
             if not self.desk.live(key.tenant, key.session_id).turn:  # a running turn moves the expiry
-                await self.sessions.delete(key.tenant, key.session_id, "", purge_now=False)
+                await _guarded(self.sessions.delete(key.tenant, key.session_id, "", purge_now=False), key.session_id)
         for key in due.purgeable:
-            await self.sessions.delete(key.tenant, key.session_id, "", purge_now=True)
+            await _guarded(self.sessions.delete(key.tenant, key.session_id, "", purge_now=True), key.session_id)
         horizon = time.monotonic() - self.desk.settings.idle_seconds
         for live in list(self.desk.lives.values()):
             if live.lease.locked() or live.last_used > horizon:
                 continue
             if live.cache:
-                await self.desk.suspend(live)
+                await _guarded(self.desk.suspend(live), live.session_id)
             self.desk.forget(live)
 
     async def drain(self, seconds: float) -> None:
@@ -61,4 +59,14 @@ class Keeper:
                 await asyncio.wait(late)
         for live in list(self.desk.lives.values()):
             if live.cache:
-                await self.desk.suspend(live)
+                await _guarded(self.desk.suspend(live), live.session_id)
+
+
+async def _guarded(work: Awaitable[object], session_id: str) -> None:
+    """Nobody waits for the keeper: what fails for one session ("": for all) is logged; the others get their turn."""
+    try:
+        await work
+    except SessiondError as error:
+        log.error("keeping failed", session=session_id, error=error.message)
+    except Exception:
+        log.exception("keeping failed", session=session_id)

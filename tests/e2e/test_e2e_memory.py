@@ -11,6 +11,7 @@ from e2e_daemon import PATIENCE, Daemons, Gate, Peer, everything, peer_of, recor
 from grpc import StatusCode
 
 from sessiond.clients.errors import NotFoundError
+from sessiond.errors import DiskFull
 from sessiond.v1 import admin_pb2, types_pb2
 from sessiond.v1 import sessions_pb2 as pb
 
@@ -185,6 +186,33 @@ class TestTime:
             then = await peer.turn(session, "And?", max_tokens=4)
             assert then.restored.tokens_recomputed == 0
             assert then.accepted.prompt_tokens_reused == turn.finished.committed_tokens - 1
+
+    @pytest.mark.parametrize("error", [DiskFull("no space"), ZeroDivisionError("a bug")], ids=["disk", "bug"])
+    async def test_a_session_that_cannot_leave_keeps_no_other_from_it(self, daemons: Daemons, monkeypatch, error):
+        """Neither when they are idle nor when the daemon stops."""
+        daemon = await daemons.start(idle_seconds=0.1, sweep_seconds=0.05, settle_seconds=600)
+        async with peer_of(daemon.port) as peer:
+            bad, good, late = [(await peer.create(system="Be brief.")).session_id for _ in range(3)]
+            suspend = daemon.desk.suspend
+
+            async def refuse(live):
+                if live.session_id == bad:
+                    raise error
+                return await suspend(live)
+
+            monkeypatch.setattr(daemon.desk, "suspend", refuse)
+            for session in (bad, good):
+                await peer.turn(session, LONG_TEXT, max_tokens=2)
+
+            async def cold() -> bool:
+                return (await peer.get(good)).tier == types_pb2.TIER_COLD
+
+            await until(cold)
+            assert (await peer.get(bad)).tier == types_pb2.TIER_HOT
+            turn = await peer.turn(late, LONG_TEXT, max_tokens=2)
+        daemon = await daemons.restart(daemon)
+        async with peer_of(daemon.port) as peer:
+            assert (await peer.get(late)).persisted_upto == turn.finished.committed_tokens - 1
 
     async def test_a_running_turn_is_not_idle(self, daemons: Daemons):
         daemon = await daemons.start(idle_seconds=0.05, sweep_seconds=0.02)
