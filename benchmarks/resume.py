@@ -207,6 +207,7 @@ def report(found: Repeats, disk: dict[str, float], identical: bool, grpc: dict[s
         "disk_file_ratio": disk["disk_file_ratio"],
         "grpc_ttft_overhead_ms": grpc.get("grpc_ttft_overhead_ms"),
         "grpc_token_overhead_ms": grpc.get("grpc_token_overhead_ms"),
+        "grpc_floor_ms": grpc.get("grpc_floor_ms"),
         "start_seconds": spreads["start_seconds"]["median"],
     }
     table = Table(title=f"Medians of {len(found.resume_ms)} repeats")
@@ -225,7 +226,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=6000, help="tokens of the document")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--grpc-repeats", type=int, default=40, help="0: leave that part out")
+    parser.add_argument("--grpc-repeats", type=int, default=100, help="0: leave that part out")
     parser.add_argument("--cold", action="store_true", help="drop the page cache of the data before every resume")
     options = parser.parse_args()
     page_cache = "cold" if options.cold else "warm"

@@ -11,6 +11,9 @@ import typer
 from sessiond.cli_output import fail, progress_bar
 from sessiond.errors import SessiondError
 
+# How long torch's threads spin at a barrier before they sleep; libgomp reads it when torch is loaded.
+SPIN_COUNT = "5000"
+
 
 def _flag(help_: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=False)
@@ -57,7 +60,7 @@ def serve(
     # torch's threads wait for each other a thousand times a token, by default spinning for long: beside one busy
     # process that costs a time slice each (3.3 s a token). A short spin costs nothing alone (decision 0006).
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     try:
         from pydantic import ValidationError
 
