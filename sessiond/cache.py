@@ -58,6 +58,7 @@ class SessionCache:
         self.values: Sequence[Tensor] = data[:, 1].unbind(0)
         self._raw: np.ndarray[Any, Any] = data.view(_INT_DTYPES[shape.itemsize]).numpy()
         self.is_huge = False
+        self._written = 0  # end of the positions that a step has written
         self.length = 0
         self.sealed = 0
 
@@ -91,6 +92,7 @@ class SessionCache:
     def write(self, layer: int, position: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [G, n, D] at positions [position, position + n)."""
         end = position + keys.shape[1]
+        self._written = max(self._written, end)
         self.keys[layer][:, position:end] = keys
         self.values[layer][:, position:end] = values
 
@@ -102,7 +104,15 @@ class SessionCache:
         self.length = self.sealed = 0
 
     def truncate(self, length: int, cell_tokens: int) -> None:
-        """Forget positions from `length` on; a sealed cell that is cut stops being sealed."""
+        """Forget positions from `length` on, and clear them; a sealed cell that is cut stops being sealed.
+
+        A masked position has weight 0, and 0 times what a failed step left (NaN) is not 0.
+        """
+        if length < self._written:
+            for layer in range(self.shape.n_layers):
+                self.keys[layer][:, length : self._written].zero_()
+                self.values[layer][:, length : self._written].zero_()
+            self._written = length
         self.length = min(self.length, length)
         self.sealed = min(self.sealed, self.length // cell_tokens * cell_tokens)
 

@@ -71,22 +71,36 @@ class Conversations:
                 continue
             if len(self.desk.turns) >= self.desk.settings.max_queued_turns:
                 raise QueueFull(f"{len(self.desk.turns)} turns are waiting", retry_after=1.0)
-            await live.lease.acquire()
-            if self.desk.store.log.request(tenant, request.session_id, request.request_id) != row:
-                live.lease.release()  # the same request began or ended meanwhile
-                continue
+            starting = asyncio.create_task(self._begin(tenant, live, request, row))
             try:
-                turn = await self._start(tenant, live, request, row)
-            except BaseException:
-                live.lease.release()
+                begun = await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                starting.add_done_callback(_left)
                 raise
-            attachment = turn.plan.attachment
+            if begun is None:
+                continue
+            turn, attachment = begun, begun.plan.attachment
             break
         async for event in turn.stream.events(request.resume_after, attachment):
             yield event
 
+    async def _begin(self, tenant: str, live: Live, request: TurnRequest, row: RequestRecord | None) -> Turn | None:
+        """Take the lease and launch the turn, which then owns it. None: the same request began or ended meanwhile."""
+        await live.lease.acquire()
+        try:
+            turn = None
+            if self.desk.store.log.request(tenant, request.session_id, request.request_id) == row:
+                turn = await self._start(tenant, live, request, row)
+        except BaseException:
+            if live.cache:
+                self.desk.settle(live)  # what was going on behind the last turn goes on
+            live.lease.release()
+            raise
+        if turn is None:
+            live.lease.release()
+        return turn
+
     async def _start(self, tenant: str, live: Live, request: TurnRequest, row: RequestRecord | None) -> Turn:
-        """Plan and launch; on return the turn owns the lease."""
         await self.desk.unsettle(live)
         record = self.sessions.record(tenant, request.session_id)
         open_id = record.extra.get("open_request")
@@ -155,7 +169,7 @@ class Conversations:
 
     async def abort(self, tenant: str, session_id: str, request_id: str, *, commit: bool) -> tuple[bool, str, int]:
         """Stop a running or suspended turn. Idempotent: (stopped now, revision if committed, generated tokens)."""
-        record = self.sessions.record(tenant, session_id, deleted_too=True)
+        self.sessions.record(tenant, session_id, deleted_too=True)
         if not request_id:
             raise BadRequest("request_id is required: it names the turn to stop", field="request_id")
         live = self.desk.live(tenant, session_id)
@@ -163,24 +177,41 @@ class Conversations:
         if turn and request_id == turn.plan.request.request_id:
             turn.stop("commit" if commit else "discard")
             await turn.done()
+            if turn.stream.failure:
+                raise turn.stream.failure
             return True, turn.stream.finished.revision if turn.stream.finished else "", len(turn.generated)
-        row = self.desk.store.log.request(tenant, session_id, request_id)
-        if row is None:
-            raise SessionNotFound(f"no turn {request_id} in session {session_id}", request_id=request_id)
-        if row.state not in ("running", "suspended"):
-            finished = row.finished or {}
-            return False, str(finished.get("revision", "")), int(finished.get("usage", {}).get("generated", 0))
-        async with live.lease:
+        return await self.desk.whole(self._abort_suspended(live, request_id, commit=commit))
+
+    async def _abort_suspended(self, live: Live, request_id: str, *, commit: bool) -> tuple[bool, str, int]:
+        log = self.desk.store.log
+        async with live.lease:  # with it the request is what it is read as: no turn of it runs
+            row = log.request(live.tenant, live.session_id, request_id)
+            if row is None:
+                raise SessionNotFound(f"no turn {request_id} in session {live.session_id}", request_id=request_id)
+            if row.state not in ("running", "suspended"):
+                finished = row.finished or {}
+                return False, str(finished.get("revision", "")), int(finished.get("usage", {}).get("generated", 0))
             await self.desk.unsettle(live)
-            ids, _ = self.desk.store.log.tokens(tenant, row.revision_id)
-            count = len(ids) - int(row.params["n_prompt"])
-            if commit:
-                live.load_history(self.desk.store.log, record.head_revision)
-                turn = Turn(self.desk, live, admission.resume_turn(self.desk, record, row))
-                await turn.commit_aborted()
-                return True, turn.turn_id, count
-            await discard_turn(self.desk, live, row)
-        return True, "", count
+            try:
+                record = self.sessions.record(live.tenant, live.session_id, deleted_too=True)
+                live.load_history(log, record.head_revision)
+                ids, _ = log.tokens(live.tenant, row.revision_id)
+                count = len(ids) - int(row.params["n_prompt"])
+                if commit:
+                    turn = Turn(self.desk, live, admission.resume_turn(self.desk, record, row))
+                    await turn.commit_aborted()
+                    return True, turn.turn_id, count
+                await discard_turn(self.desk, live, row)
+                return True, "", count
+            finally:
+                if live.cache:
+                    self.desk.settle(live)
+
+
+def _left(starting: asyncio.Task[Turn | None]) -> None:
+    """The client went away while its turn began: nobody listens."""
+    if not starting.cancelled() and starting.exception() is None and (turn := starting.result()):
+        turn.stream.leave()
 
 
 def _error_of(told: dict[str, str]) -> SessiondError:

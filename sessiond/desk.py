@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import structlog
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
 Key = tuple[str, str]
 
 
@@ -61,13 +63,14 @@ class Desk:
         self.stop_ids = frozenset(template.stop_ids)
         self.turns: dict[str, Turn] = {}
         self.lives: dict[Key, Live] = {}
+        self._known: weakref.WeakValueDictionary[Key, Live] = weakref.WeakValueDictionary()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.restored_tokens = 0
         self.reused_tokens = 0
         self._loop = asyncio.get_running_loop()
         self._sealed: dict[str, asyncio.Future[None]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="store")
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="sql")
-        self._locks: dict[Key, asyncio.Lock] = {}
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -114,6 +117,13 @@ class Desk:
     async def in_sql(self, function: Callable[..., Any], *args: Any) -> Any:
         return await self._loop.run_in_executor(self._sql, function, *args)
 
+    async def whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end even if the caller is cancelled: what is half done in the log stays wrong in memory."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
     # --- the session record and its index ------------------------------------------------------------------------
 
     @staticmethod
@@ -125,13 +135,16 @@ class Desk:
 
         Edits of one session follow each other, so none is lost. Returns the record as stored afterwards.
         """
-        lock = self._locks.setdefault((live.tenant, live.session_id), asyncio.Lock())
-        async with lock:
-            batch = build(self.store.log.session(live.tenant, live.session_id))
-            await asyncio.wrap_future(self.store.log.write(batch))
-            record = self.store.log.session(live.tenant, live.session_id)
-        self.index(record)
-        return record
+
+        async def write() -> SessionRecord:
+            async with live.editing:
+                batch = build(self.store.log.session(live.tenant, live.session_id))
+                await asyncio.wrap_future(self.store.log.write(batch))
+                record = self.store.log.session(live.tenant, live.session_id)
+            self.index(record)
+            return record
+
+        return await self.whole(write())
 
     def index(self, record: SessionRecord) -> None:
         """Bring the SQL index up to date, in its own time; what is missed is reconciled at the next start."""
@@ -141,15 +154,17 @@ class Desk:
     # --- memory --------------------------------------------------------------------------------------------------
 
     def live(self, tenant: str, session_id: str) -> Live:
-        return self.lives.setdefault((tenant, session_id), Live(tenant, session_id))
+        key = (tenant, session_id)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = Live(tenant, session_id)
+        self.lives[key] = found
+        return found
 
     def forget(self, live: Live) -> None:
-        """Drop what is known in memory of a session that is cold and idle."""
-        key = (live.tenant, live.session_id)
-        lock = self._locks.get(key)
-        if live.cache is None and not live.lease.locked() and not (lock and lock.locked()):
-            self.lives.pop(key, None)
-            self._locks.pop(key, None)
+        """Drop what is known in memory of a session that is cold. Who holds it, or waits for it, goes on with it."""
+        if live.cache is None and not live.lease.locked():
+            self.lives.pop((live.tenant, live.session_id), None)
 
     @property
     def hot_sessions(self) -> int:
@@ -221,13 +236,15 @@ class Desk:
             return
         live.settling.cancel()
         live.stop_saving.set()
-        await asyncio.gather(live.settling, return_exceptions=True)
-        live.settling = None
-        self.engine.cancel_seal(live.owner)
-        await asyncio.wrap_future(self.engine.call(_nothing))  # a cell that was being sealed is done now
-        if live.saving:
-            await asyncio.wait([live.saving])
-        live.stop_saving.clear()
+        try:
+            await asyncio.gather(live.settling, return_exceptions=True)
+            self.engine.cancel_seal(live.owner)
+            await asyncio.wrap_future(self.engine.call(_nothing))  # a cell that was being sealed is done now
+            if live.saving:
+                await asyncio.wait([live.saving])
+            live.settling = None
+        finally:
+            live.stop_saving.clear()
 
     async def _settle(self, live: Live) -> None:
         await asyncio.sleep(self.settings.settle_seconds)

@@ -21,13 +21,17 @@ if TYPE_CHECKING:
     from sessiond.turn import Turn
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Live:
-    """State of one session in this process. Changed only on the event loop, by the holder of `lease`."""
+    """State of one session in this process: the only such object while anyone holds it (`Desk.live`).
+
+    Changed only on the event loop, by the holder of `lease`.
+    """
 
     tenant: str
     session_id: str
     lease: asyncio.Lock = field(default_factory=asyncio.Lock)
+    editing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its record is read, changed and written
     state: State = State.COLD
     cache: SessionCache | None = None
     reserved: int = 0  # positions that a running turn may fill

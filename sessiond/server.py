@@ -60,6 +60,14 @@ OPTIONS = [
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps the error tree to statuses. Anything else is a bug: logged whole, told as INTERNAL."""
 
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def finish(self) -> None:
+        """Return once the calls whose clients have gone are over."""
+        if self._running:
+            await asyncio.wait(self._running)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
@@ -77,7 +85,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         # Decoding happens inside, so that bytes that are no request get a typed error too.
         decode = _decode_each if handler.request_streaming else _decode
         decode = functools.partial(decode, handler.request_deserializer)
-        wrapped = _stream(inner, decode) if handler.response_streaming else _unary(inner, decode)
+        wrapped = _stream(inner, decode) if handler.response_streaming else _unary(inner, decode, self._running)
         return make(wrapped, None, handler.response_serializer)
 
 
@@ -93,14 +101,24 @@ async def _decode_each(deserializer: Callable[[bytes], Any], raws: AsyncIterator
         yield _decode(deserializer, raw)
 
 
-def _unary(inner: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:
+def _unary(
+    inner: Callable[..., Any], decode: Callable[[Any], Any], running: set[asyncio.Task[Any]]
+) -> Callable[..., Any]:
     async def call(raw: Any, context: Any) -> Any:
+        # A client that goes away must not leave half of what it asked for: the call runs to its end without it.
+        request = decode(raw)
+        task = asyncio.create_task(inner(request, context))
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return await asyncio.shield(task)
+
+    async def guarded(raw: Any, context: Any) -> Any:
         try:
-            return await inner(decode(raw), context)
+            return await call(raw, context)
         except Exception as error:  # noqa: BLE001 - the boundary
             await _abort(context, error)
 
-    return call
+    return guarded
 
 
 def _stream(inner: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -195,7 +213,8 @@ class Daemon:
     ) -> None:
         assert self.sessions is not None
         settings = self.settings
-        server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=OPTIONS)
+        interceptor = ErrorInterceptor()
+        server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
         add_SessionsServicer_to_server(SessionsService(self.sessions, self.conversations, principals), server)
         add_AdminServicer_to_server(AdminService(self.sessions, identity, profile, principals), server)
         self.health = health.aio.HealthServicer()
@@ -214,6 +233,7 @@ class Daemon:
         except RuntimeError as error:
             raise UnsafeAddress(f"cannot bind {settings.listen}: {error}", address=settings.listen) from error
         await server.start()
+        self._stack.push_async_callback(interceptor.finish)
         self._stack.push_async_callback(server.stop, 1.0)
         for name in ("", *names):
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -232,9 +232,11 @@ class Sessions:
             live.load_history(self.desk.store.log, record.head_revision)
             report = None
             if live.cache is None:
-                await self.desk.make_room(live, len(live.ids))
-                report = await self.desk.warm(live)
-                live.reserved = 0
+                try:
+                    await self.desk.make_room(live, len(live.ids))
+                    report = await self.desk.warm(live)
+                finally:
+                    live.reserved = 0
             live.last_used = time.monotonic()
         return session_view(self.desk, record), report
 

@@ -52,6 +52,7 @@ class Turn:
         self._submitted = self._stopping = False
         self._told: SessiondError | None = None
         self._broken: SessiondError | None = None
+        self._last_write: Future[None] | None = None
         self._stop_ids = desk.stop_ids_of(plan.sampling)
         goes_on = plan.kind == "turn" and not plan.prompt
         self._text = desk.new_stream(plan.sampling.stop, live.ids if goes_on else None)
@@ -96,6 +97,7 @@ class Turn:
         try:
             await self._start()
             ended = await self._ended
+            await self._written()
             error = self._broken or ended.error
             if error is not None:
                 raise error
@@ -132,6 +134,8 @@ class Turn:
             self._ended.set_result(Ended(self.turn_id, FinishReason.STOP))
             return
         assert live.cache is not None
+        if plan.attachment == "started":  # positions beyond the history are of a turn that was given up
+            live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
         tokens = [*live.ids.tolist(), *plan.prompt]
         sampler = Sampler(plan.sampling, self.desk.vocab_size, tokens)
         known = max(computed_upto(live.chain), live.cache.length)
@@ -204,7 +208,7 @@ class Turn:
         start = len(self.plan.prompt) + event.index
         batch.append_tokens(self.plan.record.tenant, self.turn_id, start, np.array([event.sampled.token_id], np.uint32))
         try:
-            durable = self.desk.store.log.write(batch)
+            durable = self._last_write = self.desk.store.log.write(batch)
         except SessiondError as error:
             self._break_off(error)
             return
@@ -220,6 +224,15 @@ class Turn:
             self._publish(tokens)
         else:
             self._break_off(error if isinstance(error, SessiondError) else SessiondError(str(error)))
+
+    async def _written(self) -> None:
+        """Return once the last token is durable, or refused and the turn broken off."""
+        if self._last_write is None:
+            return
+        try:
+            await asyncio.wrap_future(self._last_write)
+        except SessiondError as error:
+            self._break_off(error)
 
     def _break_off(self, error: SessiondError) -> None:
         """The log takes no more tokens: stop computing them. The turn is over when the engine lets go of its cache."""
@@ -296,6 +309,6 @@ class Turn:
             told = {"reason": error.reason, "message": error.message}
             try:
                 await discard_turn(self.desk, self.live, self.plan.request, told)
-            except SessiondError as second:
-                log.error("failed turn could not be closed in the log", turn=self.turn_id, error=second.message)
+            except Exception as second:
+                log.exception("failed turn could not be closed in the log", turn=self.turn_id, error=str(second))
         self.stream.failure = error

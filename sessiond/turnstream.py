@@ -32,6 +32,11 @@ class TurnStream:
     def over(self) -> bool:
         return self.finished is not None or self.failure is not None
 
+    def leave(self) -> None:
+        """As if a client had listened and gone: whoever asked for the turn never came to listen."""
+        if not self._listeners:
+            self._left()
+
     def wake(self) -> None:
         for listener in self._listeners:
             listener.set()

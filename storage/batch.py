@@ -88,7 +88,8 @@ class LogBatch:
     ) -> None:
         """Write one segment: `ids` [n] (stored as uint32) and `flags` [n] (uint8, default 0), n >= 1.
 
-        `start` is the offset of ids[0] within the revision. Raises BadTokens for ids outside uint32.
+        `start` is the offset of ids[0] within the revision. Raises BadTokens for ids outside uint32. The batch fails
+        if the segment before it is not there: a log never has a gap, also where one write of several is refused.
         """
         if ids.ndim != 1 or len(ids) == 0 or (flags is not None and flags.shape != ids.shape):
             raise errors.BadTokens(f"token segment of shape {ids.shape}")
@@ -97,6 +98,8 @@ class LogBatch:
         if flags is None:
             flags = np.zeros(len(ids), np.uint8)
         body = ids.astype("<u4").tobytes() + flags.astype(np.uint8).tobytes()
+        if start:
+            self.ops.append(lambda txn: _check_joined(txn, tenant, revision_id, start))
         self._put(keys.tokens_key(tenant, revision_id, start), {"n": len(ids)}, body)
 
     def put_cell_ref(self, ref: CellRef) -> None:
@@ -180,6 +183,18 @@ def join_segments(parts: list[tuple[bytes, memoryview]]) -> tuple[NDArray[np.uin
 
 def _put_value(txn: WriteTxn, key: bytes, value: bytes) -> None:
     txn.put(key, value)
+
+
+def _check_joined(txn: WriteTxn, tenant: str, revision_id: str, start: int) -> None:
+    prefix = keys.record_key(tenant, keys.TOKENS, revision_id)
+    end = 0
+    with txn.cursor() as cursor:
+        found = cursor.prev() if cursor.set_range(keys.tokens_key(tenant, revision_id, start)) else cursor.last()
+        if found and (key := bytes(cursor.key())).startswith(prefix):
+            n = envelope.unpack(key, memoryview(cursor.value())).header.get("n")
+            end = keys.tokens_start(key) + (n if isinstance(n, int) else 0)
+    if end != start:
+        raise errors.SessiondError(f"tokens {start} and on of revision {revision_id} would leave a gap behind {end}")
 
 
 def _delete_value(txn: WriteTxn, key: bytes) -> None:

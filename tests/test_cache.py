@@ -218,3 +218,15 @@ def test_populate_is_only_a_hint():
     assert cache.keys[0][:, 0].all()
     assert not cache.keys[0][:, 1:].any()
     assert not cache.values[LARGE.n_layers - 1].any()
+
+
+def test_what_is_forgotten_is_cleared():
+    """Else what a failed step left - it may be NaN - spoils sums in which it has no weight."""
+    cache = SessionCache(KVShape(2, 2, 8, "bfloat16"), 256)
+    dims = (cache.shape.n_kv_heads, 100, cache.shape.head_dim)
+    cache.write(1, 0, torch.ones(dims), torch.full(dims, torch.nan))
+    cache.length = 40  # the last step never came to its end
+    cache.truncate(30, 128)
+    assert cache.values[1][:, :30].isnan().all()
+    assert not cache.values[1][:, 30:].any()
+    assert not cache.keys[1][:, 30:].any()

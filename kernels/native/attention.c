@@ -105,10 +105,21 @@ INLINE AVX512_BF16 void mask_row(float *scores, int64_t at, int64_t low, int64_t
     }
 }
 
-/* Scores of one span become bf16 weights e^(s - max); returns what earlier sums are to be multiplied by. */
+/* Scores of one span become bf16 weights e^(s - max); returns what earlier sums are to be multiplied by. A score that is
+   no number makes everything NaN, as it does in arithmetic: the comparisons below would hide it. */
 INLINE AVX512_BF16 float soften_row(const float *scores, uint16_t *weights, float *max, float *sum) {
-    __m512 top = _mm512_loadu_ps(scores);
-    for (int j = 16; j < SPAN; j += 16) top = _mm512_max_ps(top, _mm512_loadu_ps(scores + j));
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    __mmask16 strange = 0;
+    for (int j = 0; j < SPAN; j += 16) {
+        __m512 s = _mm512_loadu_ps(scores + j);
+        strange |= _mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q);
+        top = _mm512_max_ps(top, s);
+    }
+    if (strange) {
+        for (int j = 0; j < SPAN; j++) weights[j] = 0;
+        *sum = NAN;
+        return NAN;
+    }
     float best = _mm512_reduce_max_ps(top);
     if (best < *max) best = *max;
     if (best == -INFINITY) { /* nothing seen so far, and nothing here */

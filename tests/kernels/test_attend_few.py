@@ -100,3 +100,13 @@ def test_keys_may_be_a_part_of_longer_memory():
 def test_what_the_kernel_cannot_do_is_left_to_the_reference(shape, dtype):
     assert not few_tokens_supported(torch.zeros(shape, dtype=dtype))
     assert few_tokens_supported(torch.zeros(2, 1, 64, dtype=torch.bfloat16))
+
+
+def test_a_key_that_is_no_number_makes_what_sees_it_no_number():
+    query, keys, values = operands(3, 1, 2, 64)
+    keys[0, 900] = torch.nan
+    out = attend_few(query, keys, values, 899, None, 0.125, Scratch())  # new tokens at 899 and 900
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    keys[0, 10] = torch.nan
+    assert attend_few(query, keys, values, 899, None, 0.125, Scratch()).isnan().all()

@@ -184,6 +184,16 @@ def test_a_commit_replaces_the_segments_by_one(log, log_env):
     assert [key for key in all_values(log_env) if keys.split(key)[1] == keys.TOKENS] == [keys.tokens_key("t", "r1", 0)]
 
 
+def test_a_segment_that_would_leave_a_gap_is_refused(log):
+    write(log, ("append_tokens", "t", "r1", 0, np.array([1, 2])), ("append_tokens", "t", "r2", 0, np.array([9])))
+    for revision_id, start in (("r1", 3), ("r1", 1), ("r2", 2), ("r3", 1)):
+        with pytest.raises(errors.SessiondError, match="gap"):
+            write(log, ("append_tokens", "t", revision_id, start, np.array([7])))
+    write(log, ("append_tokens", "t", "r1", 2, np.array([3])))
+    assert log.tokens("t", "r1")[0].tolist() == [1, 2, 3]
+    assert log.tokens("t", "r2")[0].tolist() == [9]
+
+
 @pytest.mark.parametrize("gone", [0, 2])
 def test_a_missing_segment_is_found_when_reading(log, log_env, gone):
     for start in (0, 2, 4):
