@@ -127,7 +127,7 @@ class TurnWork:
         self.stream = stream
         self.generated = len(logged)
         # A turn that has logged tokens had computed its prompt, and all of those tokens but the last.
-        self._computed_before = len(tokens) + len(logged) - 1 if logged else known
+        self.computed_before = len(tokens) + len(logged) - 1 if logged else known
         for token in logged:
             self.sampler.observe(token)
         self.replayed = replay(turn_id, logged, stream, stop_ids)
@@ -148,7 +148,7 @@ class TurnWork:
 
     def recomputed(self, start: int, end: int) -> int:
         """How many of the positions [start, end) had been computed before this work began."""
-        return max(0, min(end, self._computed_before) - start)
+        return max(0, min(end, self.computed_before) - start)
 
     def after_piece(self, piece: Piece) -> None:
         self.cache.length = piece.end

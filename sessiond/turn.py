@@ -191,6 +191,10 @@ class Turn:
         if missing:
             cause = "corrupt" if restored.corrupt else "not_persisted"
             restored.recomputed.append(Recompute(cause, missing, restored.corrupt))
+        history = len(self.live.ids)
+        again = work.recomputed(max(history, restored.tokens_restored), work.computed_before) if self.plan.logged else 0
+        if again:
+            restored.recomputed.append(Recompute("interrupted", again))
 
     def deliver(self, event: Event) -> None:
         """An event of the engine, on the event loop."""

@@ -125,7 +125,7 @@ class _RecomputeCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Recomp
     RECOMPUTE_CAUSE_IDENTITY: _RecomputeCause.ValueType  # 4
     """It belonged to another identity, and a fork or import asked to compute it again."""
     RECOMPUTE_CAUSE_INTERRUPTED_TURN: _RecomputeCause.ValueType  # 5
-    """A turn was cut off: its logged tokens are fed to the model again, one at a time."""
+    """A turn was cut off: what it had computed of its input, and of its logged tokens, one at a time."""
     RECOMPUTE_CAUSE_NEVER_COMPUTED: _RecomputeCause.ValueType  # 6
     """The tokens were never computed: appended without generating, or a new root."""
     RECOMPUTE_CAUSE_SEALING: _RecomputeCause.ValueType  # 7
@@ -145,7 +145,7 @@ RECOMPUTE_CAUSE_CORRUPT: RecomputeCause.ValueType  # 3
 RECOMPUTE_CAUSE_IDENTITY: RecomputeCause.ValueType  # 4
 """It belonged to another identity, and a fork or import asked to compute it again."""
 RECOMPUTE_CAUSE_INTERRUPTED_TURN: RecomputeCause.ValueType  # 5
-"""A turn was cut off: its logged tokens are fed to the model again, one at a time."""
+"""A turn was cut off: what it had computed of its input, and of its logged tokens, one at a time."""
 RECOMPUTE_CAUSE_NEVER_COMPUTED: RecomputeCause.ValueType  # 6
 """The tokens were never computed: appended without generating, or a new root."""
 RECOMPUTE_CAUSE_SEALING: RecomputeCause.ValueType  # 7
@@ -850,7 +850,7 @@ class Accepted(_message.Message):
     turn_revision_id: _builtins.str
     """The revision the turn becomes if it is committed."""
     prompt_tokens_new: _builtins.int
-    """Input tokens to compute, the template's included."""
+    """Positions to compute: input tokens with the template's, and history that was never computed or is computed again."""
     prompt_tokens_reused: _builtins.int
     """Tokens of history whose state is used again."""
     template_drift: _builtins.bool
@@ -1101,7 +1101,9 @@ class Finished(_message.Message):
     committed_tokens: _builtins.int
     """Tokens in the log up to the new revision."""
     time_to_first_token_ms: _builtins.float
-    """From acceptance to the first token, in milliseconds; 0 if none was generated."""
+    """From the turn's beginning, restoring its state included, to the first durable token, in milliseconds; 0 if none was
+    generated.
+    """
     tokens_per_second: _builtins.float
     """Generated tokens a second after the first one; 0 if fewer than two."""
     @_builtins.property

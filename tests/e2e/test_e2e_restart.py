@@ -136,6 +136,11 @@ async def test_a_turn_cut_off_by_a_kill_goes_on_where_it_stood(spawn, daemons, t
             session, "Tell me", max_tokens=LONG, request_id="turn-1", resume_after_tokens=seen, **sampling
         )
         assert rest.accepted.attachment == pb.ATTACHMENT_RESUMED
+        again = [r.tokens for r in rest.restored.reasons if r.reason == pb.RECOMPUTE_CAUSE_INTERRUPTED_TURN]
+        # the prompt, and all logged tokens but the last; of a turn without tokens nobody knows how far it was
+        assert len(again) == (1 if seen else 0)
+        assert not seen or again[0] > seen
+        assert rest.restored.tokens_recomputed == sum(reason.tokens for reason in rest.restored.reasons)
         assert first.ids + rest.ids == whole.ids
         assert first.text + rest.text == whole.text == rest.answer
         assert rest.finished.usage.generated_tokens == whole.finished.usage.generated_tokens
