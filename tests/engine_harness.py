@@ -89,11 +89,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0,
     },
 }
+# Of the sizes that the compiled kernels take in bf16: widths and head sizes are multiples of 32.
+KERNEL_SIZED: dict[str, dict[str, Any]] = {
+    "llama-kernels": ARCHITECTURES["llama"]
+    | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32},
+    "mistral-kernels": ARCHITECTURES["mistral"] | {"hidden_size": 96, "intermediate_size": 160, "head_dim": 64},
+    "gemma3-kernels": ARCHITECTURES["gemma3"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 64},
+}
 WINDOWED = tuple(name for name, config in ARCHITECTURES.items() if "sliding_window" in config)
 
 
 def config_of(name: str, **changes: Any) -> PreTrainedConfig:
-    values = _BASE | ARCHITECTURES[name] | changes
+    values = _BASE | (ARCHITECTURES | KERNEL_SIZED)[name] | changes
     return CONFIG_MAPPING[values.pop("model_type")](**values)
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from engine_harness import CELL, Session, StepSpy, digest, drain, make_pair, random_ids, torch_threads
+from kernel_marks import needs_avx512_bf16
+from kernel_spy import KernelSpy
 
 from sessiond.cache import SessionCache
 from sessiond.model import Model
@@ -40,9 +42,25 @@ def one_thread():
         yield
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.fixture(
+    params=[
+        pytest.param(("llama", torch.bfloat16), id="bf16"),
+        pytest.param(("llama", torch.float32), id="fp32"),
+        pytest.param(("llama-kernels", torch.bfloat16), id="kernels", marks=needs_avx512_bf16),
+        pytest.param(("gemma3-kernels", torch.bfloat16), id="kernels-windowed", marks=needs_avx512_bf16),
+    ]
+)
 def model(request) -> Model:
-    return make_pair("llama", request.param).ours
+    return make_pair(*request.param).ours
+
+
+@pytest.fixture
+def kernels(request, monkeypatch) -> Iterator[KernelSpy]:
+    """The test's short inputs and decoding go through the compiled kernels, where the model's sizes allow."""
+    spy = KernelSpy(monkeypatch)
+    yield spy
+    expected = "kernels" in request.node.callspec.id
+    assert all(expected == (n > 50) for n in spy.take())
 
 
 @pytest.fixture
@@ -91,7 +109,7 @@ def test_token_by_token_differs_from_canonical(model, ids, expected):
 
 
 @pytest.mark.parametrize("seal_after", [(), (0, 1, 2, 3, 4, 5, 6, 7, 8), (2, 5)], ids=["at-end", "each", "twice"])
-def test_ten_turns(model, ids, expected, seal_after):
+def test_ten_turns(model, ids, expected, seal_after, kernels):
     session = Session(model)
     for turn in range(len(INPUTS)):
         play(session, ids, turn, turn + 1)
@@ -119,7 +137,7 @@ def test_ten_turns_that_do_not_seal(model, ids, expected):
     assert session.cell_digests() == expected
 
 
-def test_beside_other_sessions(model, ids, expected, monkeypatch):
+def test_beside_other_sessions(model, ids, expected, kernels, monkeypatch):
     spy = StepSpy(model)
     monkeypatch.setattr(model, "step", spy)
     scheduler = Scheduler(model, CELL)
@@ -241,7 +259,7 @@ def assert_equal_bytes(ours: SessionCache, theirs: SessionCache, length: int) ->
         np.testing.assert_array_equal(mine[1], other[1])
 
 
-def test_restored_kv_is_what_was_computed(model, ids, midway, tmp_path, expected):
+def test_restored_kv_is_what_was_computed(model, ids, midway, tmp_path, expected, kernels):
     restored, report = restore(tmp_path, model, midway.log)
     assert report.tokens_restored == restored.cache.length == midway.cache.length
     assert restored.cache.sealed == midway.cache.sealed

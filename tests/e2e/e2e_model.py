@@ -23,9 +23,10 @@ NO_END = {END: -100.0, START: -100.0, STOP: -100.0}  # a bias under which no ans
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 
 
-def write_chat_model(path: Path, *, seed: int = 0, context: int = CONTEXT) -> Path:
+def write_chat_model(path: Path, *, seed: int = 0, context: int = CONTEXT, for_kernels: bool = False) -> Path:
     """A transformers directory: Llama of 2 layers, 4 query and 2 KV heads of 8, float32; seed chooses the weights.
 
+    `for_kernels`: heads of 32 and bfloat16, which the compiled kernels take.
     Only LETTERS have logits of their own, so greedy answers are plain text that no end token cuts short.
     """
     vocab = {token: i for i, token in enumerate([*SPECIAL, *byte_alphabet(), "Ġt", "he"])}
@@ -44,13 +45,14 @@ def write_chat_model(path: Path, *, seed: int = 0, context: int = CONTEXT) -> Pa
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32 if for_kernels else 8,
         max_position_embeddings=context,
         initializer_range=0.4,
         bos_token_id=START,
         eos_token_id=STOP,
         pad_token_id=END,
     )
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if for_kernels else torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=STOP, bos_token_id=START, pad_token_id=END)
     spoken = torch.zeros(len(vocab), 1)
     spoken[[tokenizer.encode(letter, add_special_tokens=False)[0] for letter in LETTERS]] = 1.0

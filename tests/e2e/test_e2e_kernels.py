@@ -1,0 +1,98 @@
+"""Daemons on a model that the compiled kernels take: sessions beside each other, and a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from e2e_daemon import Daemons, Gate, Peer, Turn, peer_of
+from e2e_model import NO_END, write_chat_model
+from kernel_marks import needs_avx512_bf16
+from kernel_spy import KernelSpy
+
+pytestmark = needs_avx512_bf16
+
+LONG = 40
+SAMPLINGS = [{}, {"temperature": 3.0, "seed": 7, "logit_bias": NO_END}]
+SYSTEMS = ["Be brief.", "Be " + "very " * 40 + "brief.", "Be long."]
+TEXTS = ["Tell me", "Go on", "The last question"]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_model(tmp_path_factory.mktemp("model") / "tiny-kernels", for_kernels=True)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> KernelSpy:
+    return KernelSpy(monkeypatch)
+
+
+async def opened(peer: Peer, system: str) -> str:
+    return (await peer.create(system=system)).session_id
+
+
+async def converse(peer: Peer, session: str, texts: list[str], **options) -> list[Turn]:
+    turns = []
+    for text in texts:
+        turns.append(await peer.turn(session, text, max_tokens=LONG, **options))
+        await peer.settled(session)
+    return turns
+
+
+async def each_alone(peer: Peer, **options) -> list[list[list[int]]]:
+    """The tokens of each session's turns, one session after the other."""
+    return [
+        [turn.ids for turn in await converse(peer, await opened(peer, system), TEXTS, **options)] for system in SYSTEMS
+    ]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded"])
+async def test_sessions_answer_the_same_alone_and_together(daemon, peer: Peer, kernels, sampling):
+    alone = await each_alone(peer, **sampling)
+    sessions = [await opened(peer, system) for system in SYSTEMS]
+    packed = []
+    step = daemon.desk.engine.model.step
+
+    def noted(feeds, rows):
+        packed.append(len(feeds))
+        return step(feeds, rows)
+
+    daemon.desk.engine.model.step = noted
+    for number, text in enumerate(TEXTS):
+        gate = Gate(daemon)  # until all three wait, none goes ahead
+        kernels.take()
+        streams = [peer.open(session, text, max_tokens=LONG, **sampling) for session in sessions]
+        await gate.reached()
+        while len(daemon.desk.turns) < len(sessions):  # noqa: ASYNC110 - another task's doing
+            await asyncio.sleep(0.01)
+        gate.open()
+        turns = [await stream.read() for stream in streams]
+        assert [turn.ids for turn in turns] == [ids[number] for ids in alone]
+        assert min(kernels.take()) > 0
+        for session in sessions:
+            await peer.settled(session)
+    assert packed.count(len(sessions)) > len(TEXTS) * LONG // 2
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded"])
+async def test_a_restart_changes_no_answer(daemons: Daemons, tmp_path, kernels, sampling):
+    daemon = await daemons.start(data_dir=tmp_path / "undisturbed")
+    async with peer_of(daemon.port) as peer:
+        whole = await each_alone(peer, **sampling)
+    await daemons.stop(daemon)
+    daemon = await daemons.start()
+    async with peer_of(daemon.port) as peer:
+        sessions = [await opened(peer, system) for system in SYSTEMS]
+        before = [await converse(peer, session, TEXTS[:2], **sampling) for session in sessions]
+    daemon = await daemons.restart(daemon)
+    async with peer_of(daemon.port) as peer:
+        kernels.take()
+        after = await asyncio.gather(
+            *(peer.turn(session, TEXTS[2], max_tokens=LONG, **sampling) for session in sessions)
+        )
+    assert min(kernels.take()) > 0
+    for turns, last, expected in zip(before, after, whole, strict=True):
+        assert last.restored.tokens_recomputed == 0
+        assert [turn.ids for turn in [*turns, last]] == expected
