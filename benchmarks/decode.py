@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 
 from sessiond import modelstore
 from sessiond.clients import Client
+from sessiond.template import ChatTemplate
 
 PREFILL_CONTEXT = 8000
 out = console()
@@ -95,6 +96,8 @@ class Peer:
         self._model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16, local_files_only=True
         ).eval()
+        eos: int | list[int] | None = self._model.generation_config.eos_token_id
+        self.eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         self._model.generation_config.eos_token_id = None  # decode as many tokens as were asked for
         self.attention = str(self._model.config._attn_implementation)
 
@@ -116,13 +119,14 @@ class Peer:
 class Ours:
     """The daemon, asked as a client asks."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, stop_ids: list[int]) -> None:
         self._client = client
+        self._no_end = dict.fromkeys(stop_ids, -100.0)  # decode as many tokens as were asked for
         self._cell_tokens = client.server_info().cell_tokens
 
     def run(self, ids: list[int], n_tokens: int) -> Sample:
         session = self._client.create_session(token_ids=ids[:1])
-        turn = run_turn(session, token_ids=ids[1:], max_tokens=n_tokens)
+        turn = run_turn(session, token_ids=ids[1:], max_tokens=n_tokens, logit_bias=self._no_end)
         if turn.computed != len(ids):
             raise RuntimeError(f"{turn.computed} of {len(ids)} tokens were computed: the prefill is not comparable")
         # What goes on behind a turn must be over before the peer is timed.
@@ -138,7 +142,9 @@ def measure(ours: Ours, peer: Peer, text: list[int], context: int, n_tokens: int
         ids = text[start : start + context]
         runs = [(ours, pairs.ours), (peer, pairs.peer)]
         for runner, samples in runs if alternating(repeat) else reversed(runs):
-            samples.append(runner.run(ids, n_tokens))
+            sample = runner.run(ids, n_tokens)
+            check_length(sample, n_tokens)
+            samples.append(sample)
         a, b = pairs.ours[-1], pairs.peer[-1]
         out.print(
             f"{context:>5} tokens, repeat {repeat + 1:>2} of {repeats}: "
@@ -171,6 +177,12 @@ def report(results: dict[int, Pairs]) -> dict[str, Any]:
     return {**figures, "spreads": spreads}
 
 
+def check_length(sample: Sample, n_tokens: int) -> None:
+    """Raises RuntimeError unless as many tokens were decoded as were asked for."""
+    if len(sample.token_ids) != n_tokens:
+        raise RuntimeError(f"{len(sample.token_ids)} of {n_tokens} tokens were decoded: the times are not comparable")
+
+
 def check(results: dict[int, Pairs]) -> dict[str, float]:
     """No speed without agreement. bf16 sums differ in order, so a near tie may part two runs later on."""
     agreement = {str(context): median(pairs.agreeing()) for context, pairs in results.items()}
@@ -195,7 +207,7 @@ def main() -> None:
     with data_folder("bench", out, f"; {options.threads} threads each; one warm-up turn of each first") as folder:
         conditions = Conditions(folder)
         with DaemonProcess(folder / "data", "--threads", str(options.threads), model=options.model) as daemon:
-            ours = Ours(daemon.client())
+            ours = Ours(daemon.client(), sorted(ChatTemplate(tokenizer, peer.eos_ids).stop_ids))
             for runner in (ours, peer):
                 runner.run(text[-256:], 8)
             results = {

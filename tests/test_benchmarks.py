@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from sessiond.v1 import sessions_pb2
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -36,6 +39,22 @@ def daemon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import _daemon
 
     return _daemon
+
+
+@pytest.fixture
+def decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import decode
+
+    return decode
+
+
+@pytest.fixture
+def resume(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(FOLDER)
+    import resume
+
+    return resume
 
 
 def test_spread_has_median_quartiles_and_extremes(bench: ModuleType) -> None:
@@ -184,3 +203,41 @@ def test_copies_leave_lock_files_behind(daemon: ModuleType, tmp_path: Path) -> N
         (tmp_path / "data" / name).write_bytes(b"x")
     copy = daemon.copy_data(tmp_path / "data", tmp_path / "copy")
     assert sorted(str(f.relative_to(copy)) for f in copy.rglob("*") if f.is_file()) == ["FORMAT", "log/data.mdb"]
+
+
+def test_a_turn_that_ended_early_gives_no_figure(decode: ModuleType) -> None:
+    decode.check_length(decode.Sample(1.0, 1.0, [5, 6, 7]), 3)
+    with pytest.raises(RuntimeError, match="3 of 4 tokens"):
+        decode.check_length(decode.Sample(1.0, 1.0, [5, 6, 7]), 4)
+
+
+def prepared(resume: ModuleType, tmp_path: Path) -> Any:
+    return resume.Prepared("ses", tmp_path, tmp_path, [1] * 90, [2] * 10, 89, [7, 8], {})
+
+
+@pytest.mark.parametrize(
+    ("reused", "recomputed", "answer", "wrong"),
+    [
+        (89, 0, [7, 8], None),
+        (88, 0, [7, 8], "88 of 89"),
+        (89, 3, [7, 8], "3 tokens of the history were computed again"),
+        (89, 0, [7, 9], "answers"),
+    ],
+)
+def test_a_resumed_turn_that_is_not_what_it_claims_gives_no_figure(
+    resume: ModuleType, tmp_path: Path, reused: int, recomputed: int, answer: list[int], wrong: str | None
+) -> None:
+    turn = resume.Turn(token_ids=answer, arrivals=[(0.1, 1)])
+    turn.accepted.prompt_tokens_reused = reused
+    turn.restored = sessions_pb2.Restored(tokens_recomputed=recomputed)
+    with pytest.raises(RuntimeError, match=wrong) if wrong else nullcontext():
+        resume.check_resumed(prepared(resume, tmp_path), turn)
+
+
+def test_kv_that_differs_gives_no_figure(resume: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"resume_kv_identical": True}
+    monkeypatch.setattr(resume, "run_script", lambda *command: found)
+    assert resume.check_identity(tmp_path, "m") == found
+    found["resume_kv_identical"] = False
+    with pytest.raises(RuntimeError, match="not what was computed"):
+        resume.check_identity(tmp_path, "m")
