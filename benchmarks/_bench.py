@@ -21,6 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
+from sessiond.cli_serve import SPIN_COUNT
+
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 
 
@@ -186,6 +188,17 @@ def run_script(name: str, *arguments: str) -> dict[str, Any]:
         raise RuntimeError(f"{name} failed with status {process.returncode}")
     found: dict[str, Any] = json.loads(output.strip().rpartition("\n")[2])
     return found
+
+
+def spin_as_the_daemon() -> None:
+    """Have torch's threads in this process wait for each other as those of `sessiond serve` do, by its SPIN_COUNT.
+
+    libgomp reads it when torch is loaded, so unless it is set the script is run again from the start: call this first.
+    As with the daemon, GOMP_SPINCOUNT and OMP_WAIT_POLICY of the user win.
+    """
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "GOMP_SPINCOUNT": SPIN_COUNT})
 
 
 def print_json(result: dict[str, Any]) -> None:

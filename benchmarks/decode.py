@@ -2,9 +2,10 @@
 
 Us: a daemon in a process of its own, through gRPC, with everything a user's turn does - each token is durable before it
 is streamed. Peer: `generate` with its DynamicCache and default attention (sdpa) in this process. Both run the same bf16
-weights on the same tokens with the same number of threads, greedily, one session; never both at once, alternately
-(ABBA). A turn begins with nothing computed: its time to first token is the prefill, the time between its first and
-last token the decoding at that context. Every repeat takes another stretch of text, so that nothing can be shared.
+weights on the same tokens with the same number of threads, which spin as long, greedily, one session; never both at
+once, alternately (ABBA). A turn begins with nothing computed: its time to first token is the prefill, the time between
+its first and last token the decoding at that context. Every repeat takes another stretch of text, so that nothing can
+be shared.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from _bench import (
     median,
     print_json,
     ratios,
+    spin_as_the_daemon,
     spread,
 )
 from _daemon import DaemonProcess
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each, the daemon and the peer")
     options = parser.parse_args()
+    spin_as_the_daemon()
     path = modelstore.resolve(options.model).path
     transformers_logging.disable_progress_bar()
     peer = Peer(path, options.threads)

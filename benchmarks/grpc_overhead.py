@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import sys
 import time
 import uuid
@@ -22,13 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from _bench import alternating, arguments, disk_folder, exit_on_sigterm, median, print_json, rounded, spread
+from _bench import (
+    alternating,
+    arguments,
+    disk_folder,
+    exit_on_sigterm,
+    median,
+    print_json,
+    rounded,
+    spin_as_the_daemon,
+    spread,
+)
 from _turns import prose, run_turn, settled, token_ms
 from transformers.utils import logging as transformers_logging
 
 from sessiond import wirein
 from sessiond.auth import DEFAULT_TENANT
-from sessiond.cli_serve import SPIN_COUNT
 from sessiond.clients import Client
 from sessiond.config import Settings
 from sessiond.server import Daemon
@@ -216,8 +224,7 @@ def main() -> None:
     if options.client:
         serve_client(*options.client)
         return
-    if "GOMP_SPINCOUNT" not in os.environ:  # as `sessiond serve` sets it; it is read when torch is loaded
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GOMP_SPINCOUNT": SPIN_COUNT})
+    spin_as_the_daemon()
     transformers_logging.disable_progress_bar()
     sys.setswitchinterval(0.0005)  # as `sessiond serve` sets it
     print_json(asyncio.run(run(options.model, options.tokens, options.repeats)))

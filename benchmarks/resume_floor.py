@@ -11,7 +11,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from _bench import median, print_json, rounded
+from _bench import median, print_json, rounded, spin_as_the_daemon
 from _model import data_dir_arguments, load_model
 from _store import Stored, open_longest
 
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    spin_as_the_daemon()
     model = load_model(options.model)
     with open_longest(options.data_dir) as stored:
         print_json(measure(stored, model, options.new_tokens, options.repeats))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from sessiond.cli_serve import SPIN_COUNT
 from sessiond.v1 import sessions_pb2
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -241,3 +242,23 @@ def test_kv_that_differs_gives_no_figure(resume: ModuleType, tmp_path: Path, mon
     found["resume_kv_identical"] = False
     with pytest.raises(RuntimeError, match="not what was computed"):
         resume.check_identity(tmp_path, "m")
+
+
+@pytest.mark.parametrize("own", [None, "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_threads_spin_as_the_daemons_unless_the_user_says_otherwise(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    if own:
+        monkeypatch.setenv(own, "x")
+    started: list[Any] = []
+    monkeypatch.setattr(bench.os, "execve", lambda *given: started.append(given))
+    monkeypatch.setattr(bench.sys, "orig_argv", ["python", "-u", "decode.py", "--repeats", "2"])
+    bench.spin_as_the_daemon()
+    if own:
+        assert started == []
+    else:
+        [(program, command, environment)] = started
+        assert command == [program, "-u", "decode.py", "--repeats", "2"]
+        assert environment["GOMP_SPINCOUNT"] == SPIN_COUNT
