@@ -81,15 +81,18 @@ class TestALostStream:
         assert len(turn.ids) == 8
 
     async def test_with_a_deadline_only_detaches(self, peer: Peer, daemon):
-        session = (await peer.create(system="Be brief.")).session_id
         gate = Gate(daemon)
-        request = pb.GenerateRequest(session_id=session, request_id="turn-1")
-        request.messages.add(role="user").content.add(text="Tell me")
-        request.sampling.max_tokens = 5
-        call = peer.sessions.Generate(request, timeout=0.3)
-        with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
-            async for _ in call:
-                pass
+        for deadline in (0.3, 2, 10):  # a deadline that passes before the turn begins proves nothing: try a later one
+            session = (await peer.create(system="Be brief.")).session_id
+            request = pb.GenerateRequest(session_id=session, request_id="turn-1")
+            request.messages.add(role="user").content.add(text="Tell me")
+            request.sampling.max_tokens = 5
+            call = peer.sessions.Generate(request, timeout=deadline)
+            with pytest.raises(Exception, match="DEADLINE_EXCEEDED"):
+                async for _ in call:
+                    pass
+            if (await peer.get(session)).running_request_id:
+                break
         gate.open()
         await until_state(peer, session)
         assert (await peer.revisions(session))[-1].usage.generated_tokens == 5
