@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -147,27 +147,60 @@ class Sessions:
             if purge_now:
                 freed = await self._purge(tenant, session_id)
                 return None, freed
-            now = self.desk.now_us()
-            keep = int(self.desk.settings.delete_retention_seconds * 1e6)
 
-            def build(record: SessionRecord) -> LogBatch:
+            def wanted(record: SessionRecord) -> bool:
                 _check_etag(record, etag)
-                batch, before = LogBatch(), record.generation  # a purge in between is not undone
-                if record.deleted_us is None:
-                    record = replace(
-                        record,
-                        deleted_us=now,
-                        purge_us=now + keep,
-                        updated_us=now,
-                        generation=record.generation + 1,
-                    )
-                batch.put_session(record, expect_generation=before)
-                return batch
+                return True
 
-            record = await self.desk.edit(live, build)
-            if live.state is State.COLD:
-                live.advance(Change.DELETE)
+            record = await self._soft_delete(live, wanted)
         return session_view(self.desk, record), 0
+
+    async def expire_due(self, tenant: str, session_id: str) -> None:
+        """Soft-delete what the index calls expired. If the log's record is not, only the index is put right."""
+        live = self.desk.live(tenant, session_id)
+        if live.turn or live.lease.locked():
+            return  # somebody works with it; the next sweep asks again
+        async with live.lease:
+            record = self.record(tenant, session_id, deleted_too=True)
+            if not _expired(record, self.desk.now_us()):
+                self.desk.index(record)
+                return
+            await self.desk.unsettle(live)
+            live.drop_cache()
+            await self._soft_delete(live, lambda record: _expired(record, self.desk.now_us()))
+
+    async def purge_due(self, tenant: str, session_id: str) -> None:
+        """Erase what the index calls purgeable. If the log's record is not, only the index is put right."""
+        live = self.desk.live(tenant, session_id)
+        if live.turn or live.lease.locked():
+            return  # somebody works with it; the next sweep asks again
+        async with live.lease:
+            record = self.record(tenant, session_id, deleted_too=True)
+            if record.deleted_us is None or record.purge_us is None or record.purge_us > self.desk.now_us():
+                self.desk.index(record)
+                return
+            await self.desk.unsettle(live)
+            live.drop_cache()
+            await self._purge(tenant, session_id)
+
+    async def _soft_delete(self, live: Live, wanted: Callable[[SessionRecord], bool]) -> SessionRecord:
+        """Mark a session deleted if its record, read just before it is written, is still `wanted` to be."""
+        now = self.desk.now_us()
+        keep = int(self.desk.settings.delete_retention_seconds * 1e6)
+
+        def build(record: SessionRecord) -> LogBatch:
+            batch, before = LogBatch(), record.generation  # a purge in between is not undone
+            if wanted(record) and record.deleted_us is None:
+                record = replace(
+                    record, deleted_us=now, purge_us=now + keep, updated_us=now, generation=record.generation + 1
+                )
+            batch.put_session(record, expect_generation=before)
+            return batch
+
+        record = await self.desk.edit(live, build)
+        if record.deleted_us is not None and live.state is State.COLD:
+            live.advance(Change.DELETE)
+        return record
 
     async def undelete(self, tenant: str, session_id: str, etag: str) -> SessionView:
         """Bring a soft-deleted session back. Raises NotDeleted."""
@@ -186,9 +219,10 @@ class Sessions:
             )
             return batch
 
-        record = await self.desk.edit(live, build)
-        if live.state is State.DELETED:
-            live.advance(Change.UNDELETE)
+        async with live.lease:  # a purge that has begun is not undone
+            record = await self.desk.edit(live, build)
+            if live.state is State.DELETED:
+                live.advance(Change.UNDELETE)
         return session_view(self.desk, record)
 
     # --- revisions -----------------------------------------------------------------------------------------------
@@ -313,3 +347,7 @@ def refuse_busy(live: Live) -> None:
 def _check_etag(record: SessionRecord, etag: str) -> None:
     if etag and etag != str(record.generation):
         raise EtagMismatch(f"the session changed: etag is {record.generation}, not {etag}", etag=record.generation)
+
+
+def _expired(record: SessionRecord, now_us: int) -> bool:
+    return record.deleted_us is None and record.expire_us is not None and record.expire_us <= now_us
