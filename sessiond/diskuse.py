@@ -68,6 +68,8 @@ def erase_session(store: Store, tenant: str, session_id: str) -> int:
     identity_id = log.session(tenant, session_id).identity_id
     kept, kept_cells = _reachable(store, tenant, session_id)
     own = [r for r in log.revisions_of_session(tenant, session_id) if r.revision_id not in kept]
+    # A turn that has not ended has tokens under the revision it would become.
+    unborn = {r.revision_id for r in log.requests(tenant, session_id)} - kept - {r.revision_id for r in own}
     parents = {revision.parent for revision in own}
     cells: set[bytes] = set()
     for leaf in (r for r in own if r.revision_id not in parents):
@@ -77,6 +79,8 @@ def erase_session(store: Store, tenant: str, session_id: str) -> int:
     batch = LogBatch()
     for revision in own:
         batch.delete_revision(tenant, revision.revision_id)
+    for revision_id in sorted(unborn):
+        batch.delete_revision(tenant, revision_id)
     for ref in refs:
         batch.delete_cell_ref(tenant, ref.prefix_hash)
     batch.delete_requests(tenant, session_id)
