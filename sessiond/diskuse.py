@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import structlog
+
 from sessiond.branch import read_branch
+from sessiond.errors import RecordCorrupt
+from sessiond.references import cell_refs, tail_ref
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.kv import KVOwner
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.store import Store
+
+logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +33,20 @@ class DiskTotals:
 
 
 def disk_totals(store: Store) -> DiskTotals:
-    """Walks all records of the log: for operators, not for a hot path."""
+    """Walks all records of the log: for operators, not for a hot path. Leaves out what is damaged."""
     log = store.log
     sessions = deleted = suspended = raw = coded = 0
     for tenant in log.tenants():
         after: tuple[str, str] | None = None
-        while page := log.sessions(tenant, after):
+        while page := log.sessions(tenant, after, on_corrupt=_left_out):
             after = (page[-1].tenant, page[-1].session_id)
             sessions += len(page)
             deleted += sum(record.deleted_us is not None for record in page)
             suspended += sum("open_request" in record.extra for record in page)
-            tails = [log.tail_ref(tenant, record.head_revision) for record in page]
+            tails = [tail_ref(store, tenant, record.head_revision, forget=False)[0] for record in page]
             raw += sum(ref.raw_bytes for ref in tails if ref)
             coded += sum(ref.coded_bytes for ref in tails if ref)
-        cells = log.all_cell_refs(tenant)
+        cells = log.all_cell_refs(tenant, _left_out)
         raw += sum(ref.raw_bytes for ref in cells)
         coded += sum(ref.coded_bytes for ref in cells)
     log_stat, block_stat = log.stat(), store.blocks.stat()
@@ -55,6 +61,10 @@ def disk_totals(store: Store) -> DiskTotals:
         log_file=log_stat.file_bytes,
         blocks_file=block_stat.file_bytes,
     )
+
+
+def _left_out(error: RecordCorrupt) -> None:
+    logger.warning("damaged record not counted", error=error.message)
 
 
 def erase_session(store: Store, tenant: str, session_id: str) -> int:
@@ -74,8 +84,9 @@ def erase_session(store: Store, tenant: str, session_id: str) -> int:
     cells: set[bytes] = set()
     for leaf in (r for r in own if r.revision_id not in parents):
         cells |= _cells_of(store, tenant, leaf.revision_id, identity_id)
-    refs = [ref for ref in log.cell_refs(tenant, sorted(cells - kept_cells)) if ref]
-    tails = [ref for ref in (log.tail_ref(tenant, r.revision_id) for r in own) if ref]
+    found, damaged = cell_refs(store, tenant, sorted(cells - kept_cells))
+    refs = [ref for ref in found if ref]
+    tails = [ref for ref in (tail_ref(store, tenant, r.revision_id)[0] for r in own) if ref]
     batch = LogBatch()
     for revision in own:
         batch.delete_revision(tenant, revision.revision_id)
@@ -86,8 +97,8 @@ def erase_session(store: Store, tenant: str, session_id: str) -> int:
     batch.delete_requests(tenant, session_id)
     batch.delete_session(tenant, session_id)
     log.write(batch).result()
-    for ref in refs:
-        store.blocks.delete(KVOwner(tenant, "cell", ref.prefix_hash)).result()
+    for prefix_hash in (*(ref.prefix_hash for ref in refs), *damaged):
+        store.blocks.delete(KVOwner(tenant, "cell", prefix_hash)).result()
     for tail in tails:
         store.blocks.delete(KVOwner(tenant, "tail", tail.revision_id.encode(), tail.generation)).result()
     return sum(ref.coded_bytes for ref in refs) + sum(tail.coded_bytes for tail in tails)

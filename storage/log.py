@@ -156,10 +156,18 @@ class LogStore:
                 out.append(None if value is None else parse(CellRef, key, value))
         return out
 
-    def all_cell_refs(self, tenant: str) -> list[CellRef]:
-        """Every cell reference of a tenant, in hash order."""
+    def all_cell_refs(self, tenant: str, on_corrupt: OnCorrupt | None = None) -> list[CellRef]:
+        """Every cell reference of a tenant, in hash order; `on_corrupt` as for `sessions`."""
+        out: list[CellRef] = []
         with self._env.read() as txn:
-            return [parse(CellRef, key, value) for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF))]
+            for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF)):
+                try:
+                    out.append(parse(CellRef, key, value))
+                except errors.RecordCorrupt as exc:
+                    if on_corrupt is None:
+                        raise
+                    on_corrupt(exc)
+        return out
 
     def tail_ref(self, tenant: str, revision_id: str) -> TailRef | None:
         return self._get(TailRef, keys.record_key(tenant, keys.TAIL_REF, revision_id))
