@@ -13,7 +13,7 @@ import structlog
 from sessiond import admission
 from sessiond.admission import TurnRequest
 from sessiond.desk import Desk
-from sessiond.diskuse import erase_session
+from sessiond.erasure import erase_session
 from sessiond.errors import (
     BadRequest,
     DataLoss,
@@ -23,6 +23,7 @@ from sessiond.errors import (
     InvalidPageToken,
     ModelMissing,
     NotDeleted,
+    RecordCorrupt,
     RequestIdReused,
     RevisionNotFound,
     SessionBusy,
@@ -110,6 +111,9 @@ class Sessions:
                 view = session_view(self.desk, self.desk.store.log.session(tenant, listed.session_id))
             except SessionNotFound:
                 continue  # purged since the index was read
+            except (RecordCorrupt, RevisionNotFound) as error:
+                log.error("damaged session not listed", session=listed.session_id, error=error.message)
+                continue
             if hot is None or view.hot == hot:
                 views.append(view)
         return views, format_page_token(found[-1], query) if len(found) == size else ""
@@ -136,10 +140,13 @@ class Sessions:
     async def delete(
         self, tenant: str, session_id: str, etag: str, *, purge_now: bool
     ) -> tuple[SessionView | None, int]:
-        """Soft delete: gone for turns, kept until purge_time. `purge_now` erases instead; returns the bytes freed."""
-        record = self.record(tenant, session_id, deleted_too=True)
+        """Soft delete: gone for turns, kept until purge_time. `purge_now` erases instead; returns the bytes freed.
+
+        A damaged session can only be erased, and not with an etag.
+        """
         live = self.desk.live(tenant, session_id)
-        _check_etag(record, etag)
+        if etag or not (purge_now and self._is_damaged(tenant, session_id)):
+            _check_etag(self.record(tenant, session_id, deleted_too=True), etag)
         refuse_busy(live)
         async with live.lease:
             await self.desk.unsettle(live)
@@ -328,12 +335,24 @@ class Sessions:
             raise SessionDeleted(f"session {session_id} is deleted; UndeleteSession brings it back")
         return record
 
+    def _is_damaged(self, tenant: str, session_id: str) -> bool:
+        """Whether the log has a record of that session that cannot be read."""
+        try:
+            self.desk.store.log.session(tenant, session_id)
+        except RecordCorrupt:
+            return True
+        except SessionNotFound:
+            pass
+        return False
+
     async def _purge(self, tenant: str, session_id: str) -> int:
         """Erase a session: its records, and all KV that no other session of the tenant uses."""
         # The index first: a death in between leaves a session to purge again, not one the log seems to have lost.
         await self.desk.in_sql(self.desk.store.catalog.remove_session, tenant, session_id)
         freed: int = await self.desk.in_pool(erase_session, self.desk.store, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
+        store = self.desk.store
+        store.lost = [key for key in store.lost if (key.tenant, key.session_id) != (tenant, session_id)]
         return freed
 
 

@@ -71,6 +71,15 @@ class LogStore:
                         return out
         return out
 
+    def ids(self, tenant: str, kind: int, *owner: str) -> list[str]:
+        """Ids of all records of a kind (sessions; revision index, requests: of a session), in key order.
+
+        Read from the keys alone: damaged records are among them.
+        """
+        prefix = keys.record_key(tenant, kind, *owner)
+        with self._env.read() as txn:
+            return [keys.split_strings(keys.split(key)[2])[-1] for key, _ in _range(txn, prefix)]
+
     def tenants(self) -> list[str]:
         """Every tenant that owns a record, in key order."""
         with self._env.read() as txn:
@@ -174,6 +183,12 @@ class LogStore:
 
     def identity(self, identity_id: str) -> dict[str, Any] | None:
         return self._fields(keys.global_key(keys.IDENTITY, identity_id))
+
+    def identities(self) -> list[str]:
+        """The ids of all registered identities."""
+        with self._env.read() as txn:
+            prefix = keys.global_key(keys.IDENTITY, "x")[:2]
+            return [keys.split_strings(keys.split(key)[2])[0] for key, _ in _range(txn, prefix)]
 
     def profile(self, profile_id: str) -> dict[str, Any] | None:
         return self._fields(keys.global_key(keys.PROFILE, profile_id))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from e2e_daemon import Peer
+from e2e_daemon import Daemons, Peer, peer_of, refused
+from grpc import StatusCode
 
 from sessiond.server import Daemon
 from sessiond.storage import keys
@@ -74,3 +75,68 @@ class TestADamagedReferenceToKV:
         await peer.delete(session, purge_now=True)
         assert daemon.desk.store.log.tenants() == []
         assert daemon.desk.store.blocks.stat().entries == 0
+
+
+def record(daemon: Daemon, kind: str, session) -> bytes:
+    """Key of one of a session's records that a listing or a purge reads."""
+    if kind == "session":
+        return keys.record_key("default", keys.SESSION, session.session_id)
+    if kind == "revision":
+        return keys.record_key("default", keys.REVISION, session.head_revision_id)
+    if kind == "request":
+        return keys.record_key("default", keys.REQUEST, session.session_id, "turn-1")
+    return keys.tokens_key("default", session.head_revision_id, 0)
+
+
+@pytest.mark.parametrize("kind", ["session", "revision", "request", "tokens"])
+class TestADamagedSession:
+    async def make_two(self, peer: Peer, daemon: Daemon, kind: str):
+        """A damaged session and a whole one that share their first cells."""
+        made = []
+        for _ in range(2):
+            session = (await peer.create(system=TEXT)).session_id
+            await peer.turn(session, TEXT, max_tokens=4, request_id="turn-1")
+            made.append(await peer.settled(session))
+            await peer.suspend(session)
+        damage(daemon, record(daemon, kind, made[0]))
+        return made[0].session_id, made[1].session_id
+
+    async def test_leaves_the_others_listed(self, peer: Peer, daemon, kind: str):
+        bad, good = await self.make_two(peer, daemon, kind)
+        listed = {session.session_id for session in (await peer.list()).sessions}
+        assert good in listed
+        assert (bad in listed) == (kind in ("request", "tokens"))
+        await peer.call(peer.admin.GetStats, admin_pb2.GetStatsRequest())
+
+    async def test_can_be_purged_and_takes_nothing_of_the_others(self, peer: Peer, daemon, kind: str):
+        bad, good = await self.make_two(peer, daemon, kind)
+        await peer.delete(bad, purge_now=True)
+        with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
+            await peer.get(bad)
+        assert (await peer.turn(good, "And?", max_tokens=2)).restored.tokens_recomputed == 0
+        await peer.delete(good, purge_now=True)
+        assert daemon.desk.store.log.ids("default", keys.SESSION) == []
+        for one in (bad, good):
+            assert daemon.desk.store.log.ids("default", keys.REVISION_INDEX, one) == []
+            assert daemon.desk.store.log.ids("default", keys.REQUEST, one) == []
+
+    async def test_keeps_its_kv_when_another_is_purged(self, peer: Peer, daemon, kind: str):
+        bad, good = await self.make_two(peer, daemon, kind)
+        before = daemon.desk.store.log.all_cell_refs("default")
+        await peer.delete(good, purge_now=True)
+        with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
+            await peer.get(good)
+        assert bad in daemon.desk.store.log.ids("default", keys.SESSION)
+        left = daemon.desk.store.log.all_cell_refs("default")
+        assert {ref.index for ref in left} >= {ref.index for ref in before if ref.n_tokens * ref.index < 256}
+
+    async def test_can_be_purged_after_a_restart(self, daemons: Daemons, kind: str):
+        daemon = await daemons.start()
+        async with peer_of(daemon.port) as peer:
+            bad, good = await self.make_two(peer, daemon, kind)
+        daemon = await daemons.restart(daemon)
+        async with peer_of(daemon.port) as peer:
+            await peer.delete(bad, purge_now=True)
+            with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
+                await peer.get(bad)
+            assert (await peer.turn(good, "And?", max_tokens=2)).restored.tokens_recomputed == 0
