@@ -92,13 +92,13 @@ class Sessions:
         *,
         labels: dict[str, str],
         state: str | None,
-        hot: bool | None,
+        tier: str | None,
         page_size: int,
         page_token: str,
     ) -> tuple[list[SessionView], str]:
         """One page, newest first, and the token of the next page (empty at the end)."""
         size = page_length(page_size)
-        query = repr((tenant, sorted(labels.items()), state, hot))
+        query = repr((tenant, sorted(labels.items()), state, tier))
         after = parse_page_token(page_token, query) if page_token else None
         found: list[Listed] = await self.desk.in_sql(
             lambda: self.desk.store.catalog.list_sessions(
@@ -114,7 +114,7 @@ class Sessions:
             except (RecordCorrupt, RevisionNotFound) as error:
                 log.error("damaged session not listed", session=listed.session_id, error=error.message)
                 continue
-            if hot is None or view.hot == hot:
+            if tier in (None, "hot" if view.hot else "cold"):  # nothing is warm yet
                 views.append(view)
         return views, format_page_token(found[-1], query) if len(found) == size else ""
 
@@ -202,6 +202,7 @@ class Sessions:
                     record, deleted_us=now, purge_us=now + keep, updated_us=now, generation=record.generation + 1
                 )
             batch.put_session(record, expect_generation=before)
+            batch.frees = True  # the first step to more space: let through below the reserve
             return batch
 
         record = await self.desk.edit(live, build)
