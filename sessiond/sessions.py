@@ -144,9 +144,9 @@ class Sessions:
 
         A damaged session can only be erased, and not with an etag.
         """
-        live = self.desk.live(tenant, session_id)
-        if etag or not (purge_now and self._is_damaged(tenant, session_id)):
+        if etag or not (purge_now and session_id and self._is_damaged(tenant, session_id)):
             _check_etag(self.record(tenant, session_id, deleted_too=True), etag)
+        live = self.desk.live(tenant, session_id)
         refuse_busy(live)
         async with live.lease:
             await self.desk.unsettle(live)
