@@ -1,1 +1,1 @@
-"""Kernels: one operation a file, a plain torch reference beside each fast twin. The first arrives with the policies."""
+"""Kernels: one operation a file, a plain torch or numpy reference beside each compiled twin in `native/`."""

@@ -201,8 +201,12 @@ class Desk:
         for other in sorted(idle, key=lambda other: other.last_used):
             if self.hot_bytes + needed <= budget:
                 break
-            if not other.lease.locked():  # never wait for a lease while holding one
+            if other.lease.locked():  # never wait for a lease while holding one
+                continue
+            try:
                 await self.suspend(other)
+            except SessiondError as error:  # its trouble, not this one's; the next may leave
+                log.error("session cannot leave memory", session=other.session_id, error=error.message)
         if self.hot_bytes + needed > budget:
             raise MemoryBudget(
                 f"{needed} bytes of KV do not fit: {self.hot_bytes} of {budget} are in use by running turns",

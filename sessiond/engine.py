@@ -38,8 +38,11 @@ class Engine:
     def running_turns(self) -> int:
         return len(self._scheduler.decoding) + len(self._scheduler.prefilling)
 
-    def start(self) -> None:
+    def start(self) -> Future[None]:
+        """Start the thread. The future resolves when the model is warm, and fails with what kept it from that."""
+        warm = self.call(lambda: self.model.warm_up(self._scheduler.cell_tokens))
         self._thread.start()
+        return warm
 
     def stop(self) -> None:
         """End the thread after the current step. Work still queued is dropped: its tokens are in the log."""
@@ -79,7 +82,6 @@ class Engine:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
-        self.model.warm_up(self._scheduler.cell_tokens)
         while True:
             while not self._inbox.empty() or self._scheduler.idle:
                 command = self._inbox.get()

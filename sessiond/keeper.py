@@ -34,10 +34,9 @@ class Keeper:
     async def _sweep_once(self) -> None:
         due = await self.desk.in_sql(self.desk.store.catalog.due, self.desk.now_us())
         for key in due.expired:
-            if not self.desk.live(key.tenant, key.session_id).turn:  # a running turn moves the expiry
-                await _guarded(self.sessions.delete(key.tenant, key.session_id, "", purge_now=False), key.session_id)
+            await _guarded(self.sessions.expire_due(key.tenant, key.session_id), key.session_id)
         for key in due.purgeable:
-            await _guarded(self.sessions.delete(key.tenant, key.session_id, "", purge_now=True), key.session_id)
+            await _guarded(self.sessions.purge_due(key.tenant, key.session_id), key.session_id)
         horizon = time.monotonic() - self.desk.settings.idle_seconds
         for live in list(self.desk.lives.values()):
             if live.lease.locked() or live.last_used > horizon:

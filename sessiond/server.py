@@ -193,9 +193,9 @@ class Daemon:
         posts.append(self.desk.post)
         self._stack.callback(self.desk.close)
         tiers.warm_up(spare_bytes=settings.memory_budget_bytes // 16)
-        engine.start()
+        warm = engine.start()
         self._stack.callback(engine.stop)
-        await asyncio.wrap_future(engine.call(lambda: None))  # the first request does not wait for the warm-up
+        await asyncio.wrap_future(warm)  # the first request does not wait for the warm-up
         self.sessions = Sessions(self.desk, resolved.name, frozenset({resolved.name, settings.model}))
         self.conversations = Conversations(self.desk, self.sessions)
         self.keeper = Keeper(self.desk, self.sessions)

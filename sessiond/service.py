@@ -43,14 +43,14 @@ class SessionsService(SessionsServicer):
         return wireout.session(await self.sessions.get(self.tenant(context), request.session_id))
 
     async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> pb.ListSessionsResponse:
-        labels, state, hot = wirein.parse_filter(request.filter)
+        labels, state, tier = wirein.parse_filter(request.filter)
         if state is None and not request.show_deleted:
             state = "active"
         views, token = await self.sessions.page(
             self.tenant(context),
             labels=labels,
             state=state,
-            hot=hot,
+            tier=tier,
             page_size=request.page_size,
             page_token=request.page_token,
         )

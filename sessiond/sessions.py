@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import structlog
 from sessiond import admission
 from sessiond.admission import TurnRequest
 from sessiond.desk import Desk
-from sessiond.diskuse import erase_session
+from sessiond.erasure import erase_session
 from sessiond.errors import (
     BadRequest,
     DataLoss,
@@ -23,6 +23,7 @@ from sessiond.errors import (
     InvalidPageToken,
     ModelMissing,
     NotDeleted,
+    RecordCorrupt,
     RequestIdReused,
     RevisionNotFound,
     SessionBusy,
@@ -91,13 +92,13 @@ class Sessions:
         *,
         labels: dict[str, str],
         state: str | None,
-        hot: bool | None,
+        tier: str | None,
         page_size: int,
         page_token: str,
     ) -> tuple[list[SessionView], str]:
         """One page, newest first, and the token of the next page (empty at the end)."""
         size = page_length(page_size)
-        query = repr((tenant, sorted(labels.items()), state, hot))
+        query = repr((tenant, sorted(labels.items()), state, tier))
         after = parse_page_token(page_token, query) if page_token else None
         found: list[Listed] = await self.desk.in_sql(
             lambda: self.desk.store.catalog.list_sessions(
@@ -110,7 +111,10 @@ class Sessions:
                 view = session_view(self.desk, self.desk.store.log.session(tenant, listed.session_id))
             except SessionNotFound:
                 continue  # purged since the index was read
-            if hot is None or view.hot == hot:
+            except (RecordCorrupt, RevisionNotFound) as error:
+                log.error("damaged session not listed", session=listed.session_id, error=error.message)
+                continue
+            if tier in (None, "hot" if view.hot else "cold"):  # nothing is warm yet
                 views.append(view)
         return views, format_page_token(found[-1], query) if len(found) == size else ""
 
@@ -136,10 +140,13 @@ class Sessions:
     async def delete(
         self, tenant: str, session_id: str, etag: str, *, purge_now: bool
     ) -> tuple[SessionView | None, int]:
-        """Soft delete: gone for turns, kept until purge_time. `purge_now` erases instead; returns the bytes freed."""
-        record = self.record(tenant, session_id, deleted_too=True)
+        """Soft delete: gone for turns, kept until purge_time. `purge_now` erases instead; returns the bytes freed.
+
+        A damaged session can only be erased, and not with an etag.
+        """
+        if etag or not (purge_now and session_id and self._is_damaged(tenant, session_id)):
+            _check_etag(self.record(tenant, session_id, deleted_too=True), etag)
         live = self.desk.live(tenant, session_id)
-        _check_etag(record, etag)
         refuse_busy(live)
         async with live.lease:
             await self.desk.unsettle(live)
@@ -147,27 +154,61 @@ class Sessions:
             if purge_now:
                 freed = await self._purge(tenant, session_id)
                 return None, freed
-            now = self.desk.now_us()
-            keep = int(self.desk.settings.delete_retention_seconds * 1e6)
 
-            def build(record: SessionRecord) -> LogBatch:
+            def wanted(record: SessionRecord) -> bool:
                 _check_etag(record, etag)
-                batch, before = LogBatch(), record.generation  # a purge in between is not undone
-                if record.deleted_us is None:
-                    record = replace(
-                        record,
-                        deleted_us=now,
-                        purge_us=now + keep,
-                        updated_us=now,
-                        generation=record.generation + 1,
-                    )
-                batch.put_session(record, expect_generation=before)
-                return batch
+                return True
 
-            record = await self.desk.edit(live, build)
-            if live.state is State.COLD:
-                live.advance(Change.DELETE)
+            record = await self._soft_delete(live, wanted)
         return session_view(self.desk, record), 0
+
+    async def expire_due(self, tenant: str, session_id: str) -> None:
+        """Soft-delete what the index calls expired. If the log's record is not, only the index is put right."""
+        live = self.desk.live(tenant, session_id)
+        if live.turn or live.lease.locked():
+            return  # somebody works with it; the next sweep asks again
+        async with live.lease:
+            record = self.record(tenant, session_id, deleted_too=True)
+            if not _expired(record, self.desk.now_us()):
+                self.desk.index(record)
+                return
+            await self.desk.unsettle(live)
+            live.drop_cache()
+            await self._soft_delete(live, lambda record: _expired(record, self.desk.now_us()))
+
+    async def purge_due(self, tenant: str, session_id: str) -> None:
+        """Erase what the index calls purgeable. If the log's record is not, only the index is put right."""
+        live = self.desk.live(tenant, session_id)
+        if live.turn or live.lease.locked():
+            return  # somebody works with it; the next sweep asks again
+        async with live.lease:
+            record = self.record(tenant, session_id, deleted_too=True)
+            if record.deleted_us is None or record.purge_us is None or record.purge_us > self.desk.now_us():
+                self.desk.index(record)
+                return
+            await self.desk.unsettle(live)
+            live.drop_cache()
+            await self._purge(tenant, session_id)
+
+    async def _soft_delete(self, live: Live, wanted: Callable[[SessionRecord], bool]) -> SessionRecord:
+        """Mark a session deleted if its record, read just before it is written, is still `wanted` to be."""
+        now = self.desk.now_us()
+        keep = int(self.desk.settings.delete_retention_seconds * 1e6)
+
+        def build(record: SessionRecord) -> LogBatch:
+            batch, before = LogBatch(), record.generation  # a purge in between is not undone
+            if wanted(record) and record.deleted_us is None:
+                record = replace(
+                    record, deleted_us=now, purge_us=now + keep, updated_us=now, generation=record.generation + 1
+                )
+            batch.put_session(record, expect_generation=before)
+            batch.frees = True  # the first step to more space: let through below the reserve
+            return batch
+
+        record = await self.desk.edit(live, build)
+        if record.deleted_us is not None and live.state is State.COLD:
+            live.advance(Change.DELETE)
+        return record
 
     async def undelete(self, tenant: str, session_id: str, etag: str) -> SessionView:
         """Bring a soft-deleted session back. Raises NotDeleted."""
@@ -186,9 +227,10 @@ class Sessions:
             )
             return batch
 
-        record = await self.desk.edit(live, build)
-        if live.state is State.DELETED:
-            live.advance(Change.UNDELETE)
+        async with live.lease:  # a purge that has begun is not undone
+            record = await self.desk.edit(live, build)
+            if live.state is State.DELETED:
+                live.advance(Change.UNDELETE)
         return session_view(self.desk, record)
 
     # --- revisions -----------------------------------------------------------------------------------------------
@@ -294,12 +336,24 @@ class Sessions:
             raise SessionDeleted(f"session {session_id} is deleted; UndeleteSession brings it back")
         return record
 
+    def _is_damaged(self, tenant: str, session_id: str) -> bool:
+        """Whether the log has a record of that session that cannot be read."""
+        try:
+            self.desk.store.log.session(tenant, session_id)
+        except RecordCorrupt:
+            return True
+        except SessionNotFound:
+            pass
+        return False
+
     async def _purge(self, tenant: str, session_id: str) -> int:
         """Erase a session: its records, and all KV that no other session of the tenant uses."""
         # The index first: a death in between leaves a session to purge again, not one the log seems to have lost.
         await self.desk.in_sql(self.desk.store.catalog.remove_session, tenant, session_id)
         freed: int = await self.desk.in_pool(erase_session, self.desk.store, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
+        store = self.desk.store
+        store.lost = [key for key in store.lost if (key.tenant, key.session_id) != (tenant, session_id)]
         return freed
 
 
@@ -313,3 +367,7 @@ def refuse_busy(live: Live) -> None:
 def _check_etag(record: SessionRecord, etag: str) -> None:
     if etag and etag != str(record.generation):
         raise EtagMismatch(f"the session changed: etag is {record.generation}, not {etag}", etag=record.generation)
+
+
+def _expired(record: SessionRecord, now_us: int) -> bool:
+    return record.deleted_us is None and record.expire_us is not None and record.expire_us <= now_us

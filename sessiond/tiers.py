@@ -20,6 +20,7 @@ from sessiond.branch import Ids
 from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
 from sessiond.errors import RecordCorrupt
+from sessiond.references import cell_refs, tail_ref
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import KVOwner, encode_kv
@@ -74,7 +75,9 @@ class Tiers:
         cache = self.memory.take(len(ids))
         report = Restoration()
         hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
-        n_cells = _leading(self.store.log.cell_refs(tenant, hashes))
+        refs, damaged = cell_refs(self.store, tenant, hashes)
+        report.corrupt = next(iter(damaged.values()), "")
+        n_cells = _leading(refs)
         # The tail goes first: where it reaches below the sealed cells, they overwrite it.
         tail_end = self._read_tail(tenant, chain, cache, n_cells * self.cell_tokens, len(ids), report)
         n_cells = self._read_cells(tenant, hashes[:n_cells], cache, report)
@@ -137,7 +140,8 @@ class Tiers:
         for revision in reversed(chain):
             if revision.position_end <= sealed:
                 break
-            ref = self.store.log.tail_ref(tenant, revision.revision_id)
+            ref, why = tail_ref(self.store, tenant, revision.revision_id)
+            report.corrupt = why or report.corrupt
             if ref is None:
                 continue
             stop = ref.start + ref.length
@@ -161,7 +165,7 @@ class Tiers:
         """
         last = min(cache.sealed, len(ids)) // self.cell_tokens
         hashes = prefix_hashes(tenant, self.identity_id, ids[: last * self.cell_tokens], self.cell_tokens)
-        known = self.store.log.cell_refs(tenant, hashes)
+        known, _ = cell_refs(self.store, tenant, hashes)
         todo = [cell for cell in range(last) if known[cell] is None]
         written = 0
         for batch in _chunks(todo, 2 * self._workers):
@@ -205,7 +209,7 @@ class Tiers:
         replaces: Sequence[str],
     ) -> int:
         """Make provisional KV of a revision durable, then drop the tails of `replaces`. Returns bytes written."""
-        old = self.store.log.tail_ref(tenant, revision_id)
+        old, _ = tail_ref(self.store, tenant, revision_id)
         generation = old.generation + 1 if old else 1
         log, written = LogBatch(), 0
         if arrays and arrays[0][0].shape[1]:
@@ -232,7 +236,7 @@ class Tiers:
             log.delete_tail_ref(tenant, revision_id)
         stale = [KVOwner(tenant, "tail", revision_id.encode(), old.generation)] if old else []
         for revision in replaces:
-            ref = self.store.log.tail_ref(tenant, revision)
+            ref, _ = tail_ref(self.store, tenant, revision)
             if ref:
                 log.delete_tail_ref(tenant, revision)
                 stale.append(KVOwner(tenant, "tail", revision.encode(), ref.generation))
@@ -245,9 +249,9 @@ class Tiers:
     def persisted_upto(self, tenant: str, chain: Sequence[RevisionRecord], ids: Ids) -> tuple[int, int]:
         """Tokens of a cold session's history whose sealed cells are on disk, and whose KV in any form is."""
         hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
-        sealed = _leading(self.store.log.cell_refs(tenant, hashes)) * self.cell_tokens
+        sealed = _leading(cell_refs(self.store, tenant, hashes, forget=False)[0]) * self.cell_tokens
         for revision in reversed(chain):
-            ref = self.store.log.tail_ref(tenant, revision.revision_id)
+            ref, _ = tail_ref(self.store, tenant, revision.revision_id, forget=False)
             if ref and ref.start <= sealed:
                 return sealed, max(sealed, ref.start + ref.length)
         return sealed, sealed

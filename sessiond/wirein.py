@@ -197,8 +197,11 @@ _CLAUSE = re.compile(
 _WORDS = {"state": ("ACTIVE", "DELETED"), "tier": ("HOT", "WARM", "COLD")}
 
 
-def parse_filter(text: str) -> tuple[dict[str, str], str | None, bool | None]:
-    """(labels, state, hot) of `labels.KEY = "VALUE" AND state = ACTIVE AND tier = HOT`. Raises BadRequest."""
+def parse_filter(text: str) -> tuple[dict[str, str], str | None, str | None]:
+    """Labels, state and tier of `labels.KEY = "VALUE" AND state = ACTIVE AND tier = HOT`, absent ones None.
+
+    State and tier come in lower case. Raises BadRequest.
+    """
     found: dict[str, str] = {}
     at = 0
     while text.strip():
@@ -214,5 +217,5 @@ def parse_filter(text: str) -> tuple[dict[str, str], str | None, bool | None]:
             raise BadRequest(f"filter is not understood at {text[at : at + 40]!r}", field="filter")
         at += len("AND")
     wanted = {name.removeprefix("labels."): value for name, value in found.items() if name not in _WORDS}
-    state = found["state"].lower() if "state" in found else None
-    return wanted, state, found["tier"] == "HOT" if "tier" in found else None
+    state, tier = (found[name].lower() if name in found else None for name in ("state", "tier"))
+    return wanted, state, tier

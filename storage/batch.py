@@ -36,7 +36,7 @@ class LogBatch:
     def __init__(self) -> None:
         self.ops: list[Op] = []
         self.n_bytes = 0
-        self.frees = True  # only deletions so far
+        self.frees = True  # only deletions so far; set it last for a change that leads to some
 
     def put_session(self, record: SessionRecord, *, expect_generation: int | None = None) -> None:
         """Write a session record.

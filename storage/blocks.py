@@ -66,6 +66,11 @@ class BlockStore:
         prefix = owner.prefix
         return self._env.submit([lambda txn: delete_range(txn, prefix)], 0, frees=True)
 
+    def delete_tails(self, tenant: str, revision_id: str) -> Future[None]:
+        """Remove a revision's tails of every generation; absent is fine. Delete the reference in the log first."""
+        prefix = KVOwner(tenant, "tail", revision_id.encode()).every_generation
+        return self._env.submit([lambda txn: delete_range(txn, prefix)], 0, frees=True)
+
     def owners(self, tenant: str | None = None) -> Iterator[KVOwner]:
         """Every owner that has a record, in key order; each step is its own short transaction."""
         prefix = b"" if tenant is None else keys.tenant_prefix(tenant)

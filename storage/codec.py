@@ -98,7 +98,7 @@ class Blosc2ShuffleZstd:
 class ExponentPlanes:
     """bf16 only: exponents as small distances, everything else as it is (sessiond/kernels/exponent_planes.py).
 
-    Decodes four times as fast as Blosc2ShuffleZstd, for 0.70 of the bytes against 0.69 (docs/decisions/0007).
+    Decodes four times as fast as Blosc2ShuffleZstd, for 0.70 of the bytes against 0.69 (docs/decisions/0008).
     """
 
     name: ClassVar[str] = "exponent-planes"

@@ -45,6 +45,11 @@ class KVOwner:
         kind = keys.KV_CELL if self.kind == "cell" else keys.KV_TAIL
         return keys.kv_owner_prefix(self.tenant, kind, self.id, self.generation)
 
+    @property
+    def every_generation(self) -> bytes:
+        """Start of the keys of all records of this and any other generation."""
+        return self.prefix[:-8]
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedKV:

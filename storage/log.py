@@ -71,6 +71,15 @@ class LogStore:
                         return out
         return out
 
+    def ids(self, tenant: str, kind: int, *owner: str) -> list[str]:
+        """Ids of all records of a kind (sessions; revision index, requests: of a session), in key order.
+
+        Read from the keys alone: damaged records are among them.
+        """
+        prefix = keys.record_key(tenant, kind, *owner)
+        with self._env.read() as txn:
+            return [keys.split_strings(keys.split(key)[2])[-1] for key, _ in _range(txn, prefix)]
+
     def tenants(self) -> list[str]:
         """Every tenant that owns a record, in key order."""
         with self._env.read() as txn:
@@ -156,16 +165,30 @@ class LogStore:
                 out.append(None if value is None else parse(CellRef, key, value))
         return out
 
-    def all_cell_refs(self, tenant: str) -> list[CellRef]:
-        """Every cell reference of a tenant, in hash order."""
+    def all_cell_refs(self, tenant: str, on_corrupt: OnCorrupt | None = None) -> list[CellRef]:
+        """Every cell reference of a tenant, in hash order; `on_corrupt` as for `sessions`."""
+        out: list[CellRef] = []
         with self._env.read() as txn:
-            return [parse(CellRef, key, value) for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF))]
+            for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF)):
+                try:
+                    out.append(parse(CellRef, key, value))
+                except errors.RecordCorrupt as exc:
+                    if on_corrupt is None:
+                        raise
+                    on_corrupt(exc)
+        return out
 
     def tail_ref(self, tenant: str, revision_id: str) -> TailRef | None:
         return self._get(TailRef, keys.record_key(tenant, keys.TAIL_REF, revision_id))
 
     def identity(self, identity_id: str) -> dict[str, Any] | None:
         return self._fields(keys.global_key(keys.IDENTITY, identity_id))
+
+    def identities(self) -> list[str]:
+        """The ids of all registered identities."""
+        with self._env.read() as txn:
+            prefix = keys.global_key(keys.IDENTITY, "x")[:2]
+            return [keys.split_strings(keys.split(key)[2])[0] for key, _ in _range(txn, prefix)]
 
     def profile(self, profile_id: str) -> dict[str, Any] | None:
         return self._fields(keys.global_key(keys.PROFILE, profile_id))

@@ -185,6 +185,7 @@ class SessionsServicer:
 
     def ListSessions(self, request, context):
         """Lists the tenant's sessions, newest first. Reads only; retry at will. May lag behind changes by a moment.
+        Leaves out a session whose record is damaged: GetSession names the damage.
 
         * INVALID_ARGUMENT / BAD_REQUEST: the filter does not parse. INVALID_PAGE_TOKEN: not from this query.
         """
@@ -217,6 +218,7 @@ class SessionsServicer:
         * NOT_FOUND / SESSION_NOT_FOUND.
         * ABORTED / ETAG_MISMATCH: it changed since it was read. SESSION_BUSY: a turn runs; abort it first.
         * FAILED_PRECONDITION / STORE_READ_ONLY.
+        * DATA_LOSS / RECORD_CORRUPT: its record is damaged; `purge_now` without an etag erases it all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -335,8 +337,8 @@ class SessionsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WarmSession(self, request, context):
-        """Brings a session's state to hot, ahead of a turn: reads it from disk, computes what is missing. A hint: memory
-        pressure may push it out again. Idempotent; retry at will.
+        """Brings a session's state to hot, ahead of a turn: reads from disk what is there. What is missing, the next turn
+        computes. A hint: memory pressure may push it out again. Idempotent; retry at will.
 
         * NOT_FOUND / SESSION_NOT_FOUND.
         * FAILED_PRECONDITION / SESSION_DELETED, IDENTITY_MISMATCH.

@@ -69,6 +69,7 @@ class SessionsStub:
     """
     ListSessions: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]
     """Lists the tenant's sessions, newest first. Reads only; retry at will. May lag behind changes by a moment.
+    Leaves out a session whose record is damaged: GetSession names the damage.
 
     * INVALID_ARGUMENT / BAD_REQUEST: the filter does not parse. INVALID_PAGE_TOKEN: not from this query.
     """
@@ -93,6 +94,7 @@ class SessionsStub:
     * NOT_FOUND / SESSION_NOT_FOUND.
     * ABORTED / ETAG_MISMATCH: it changed since it was read. SESSION_BUSY: a turn runs; abort it first.
     * FAILED_PRECONDITION / STORE_READ_ONLY.
+    * DATA_LOSS / RECORD_CORRUPT: its record is damaged; `purge_now` without an etag erases it all the same.
     """
     UndeleteSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.UndeleteSessionRequest, _types_pb2.Session]
     """Brings a soft-deleted session back, as it was. A retry after success is NOT_DELETED.
@@ -179,8 +181,8 @@ class SessionsStub:
     * FAILED_PRECONDITION / STORE_READ_ONLY: the turn is stopped, but cannot be committed.
     """
     WarmSession: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.WarmSessionRequest, _sessions_pb2.WarmSessionResponse]
-    """Brings a session's state to hot, ahead of a turn: reads it from disk, computes what is missing. A hint: memory
-    pressure may push it out again. Idempotent; retry at will.
+    """Brings a session's state to hot, ahead of a turn: reads from disk what is there. What is missing, the next turn
+    computes. A hint: memory pressure may push it out again. Idempotent; retry at will.
 
     * NOT_FOUND / SESSION_NOT_FOUND.
     * FAILED_PRECONDITION / SESSION_DELETED, IDENTITY_MISMATCH.
@@ -272,6 +274,7 @@ class SessionsAsyncStub(SessionsStub):
     """
     ListSessions: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ListSessionsRequest, _sessions_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Lists the tenant's sessions, newest first. Reads only; retry at will. May lag behind changes by a moment.
+    Leaves out a session whose record is damaged: GetSession names the damage.
 
     * INVALID_ARGUMENT / BAD_REQUEST: the filter does not parse. INVALID_PAGE_TOKEN: not from this query.
     """
@@ -296,6 +299,7 @@ class SessionsAsyncStub(SessionsStub):
     * NOT_FOUND / SESSION_NOT_FOUND.
     * ABORTED / ETAG_MISMATCH: it changed since it was read. SESSION_BUSY: a turn runs; abort it first.
     * FAILED_PRECONDITION / STORE_READ_ONLY.
+    * DATA_LOSS / RECORD_CORRUPT: its record is damaged; `purge_now` without an etag erases it all the same.
     """
     UndeleteSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.UndeleteSessionRequest, _types_pb2.Session]  # type: ignore[assignment]
     """Brings a soft-deleted session back, as it was. A retry after success is NOT_DELETED.
@@ -382,8 +386,8 @@ class SessionsAsyncStub(SessionsStub):
     * FAILED_PRECONDITION / STORE_READ_ONLY: the turn is stopped, but cannot be committed.
     """
     WarmSession: _aio.UnaryUnaryMultiCallable[_sessions_pb2.WarmSessionRequest, _sessions_pb2.WarmSessionResponse]  # type: ignore[assignment]
-    """Brings a session's state to hot, ahead of a turn: reads it from disk, computes what is missing. A hint: memory
-    pressure may push it out again. Idempotent; retry at will.
+    """Brings a session's state to hot, ahead of a turn: reads from disk what is there. What is missing, the next turn
+    computes. A hint: memory pressure may push it out again. Idempotent; retry at will.
 
     * NOT_FOUND / SESSION_NOT_FOUND.
     * FAILED_PRECONDITION / SESSION_DELETED, IDENTITY_MISMATCH.
@@ -490,6 +494,7 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ListSessionsResponse, _abc.Awaitable[_sessions_pb2.ListSessionsResponse]]:
         """Lists the tenant's sessions, newest first. Reads only; retry at will. May lag behind changes by a moment.
+        Leaves out a session whose record is damaged: GetSession names the damage.
 
         * INVALID_ARGUMENT / BAD_REQUEST: the filter does not parse. INVALID_PAGE_TOKEN: not from this query.
         """
@@ -526,6 +531,7 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         * NOT_FOUND / SESSION_NOT_FOUND.
         * ABORTED / ETAG_MISMATCH: it changed since it was read. SESSION_BUSY: a turn runs; abort it first.
         * FAILED_PRECONDITION / STORE_READ_ONLY.
+        * DATA_LOSS / RECORD_CORRUPT: its record is damaged; `purge_now` without an etag erases it all the same.
         """
 
     @_abc_1.abstractmethod
@@ -660,8 +666,8 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         request: _sessions_pb2.WarmSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.WarmSessionResponse, _abc.Awaitable[_sessions_pb2.WarmSessionResponse]]:
-        """Brings a session's state to hot, ahead of a turn: reads it from disk, computes what is missing. A hint: memory
-        pressure may push it out again. Idempotent; retry at will.
+        """Brings a session's state to hot, ahead of a turn: reads from disk what is there. What is missing, the next turn
+        computes. A hint: memory pressure may push it out again. Idempotent; retry at will.
 
         * NOT_FOUND / SESSION_NOT_FOUND.
         * FAILED_PRECONDITION / SESSION_DELETED, IDENTITY_MISMATCH.

@@ -145,6 +145,23 @@ class TestTheBudget:
         assert then.restored.tokens_recomputed == 0
         assert then.accepted.prompt_tokens_reused == counts[sessions[0]] - 1
 
+    async def test_a_session_that_cannot_leave_fails_no_turn_of_another(self, peer: Peer, daemon, monkeypatch):
+        sessions = [(await peer.create(system=f"Number {i}.")).session_id for i in range(6)]
+        suspend, asked = daemon.desk.suspend, []
+
+        async def refuse(live):
+            asked.append(live.session_id)
+            if live.session_id == sessions[0]:
+                raise DiskFull("no space")
+            return await suspend(live)
+
+        monkeypatch.setattr(daemon.desk, "suspend", refuse)
+        for session in sessions:
+            assert (await peer.turn(session, self.TEXT, max_tokens=2)).finished.revision_id
+        assert sessions[0] in asked
+        tiers = [(await peer.get(session)).tier for session in sessions]
+        assert tiers[:2] == [types_pb2.TIER_HOT, types_pb2.TIER_COLD]
+
     async def test_refuses_what_does_not_fit_beside_running_turns(self, peer: Peer, daemon):
         sessions = [(await peer.create(system=f"Number {i}.")).session_id for i in range(4)]
         for session in sessions:

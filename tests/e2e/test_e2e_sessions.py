@@ -121,6 +121,7 @@ class TestListing:
         assert await listed(peer, 3, show_deleted=True) == [gone, hot, cold]
         assert await listed(peer, 1, filter="tier = HOT") == [hot]
         assert await listed(peer, 1, filter="tier = COLD AND state = ACTIVE") == [cold]
+        assert await listed(peer, 0, filter="tier = WARM") == []
 
     async def test_a_filter_that_does_not_parse_is_refused(self, peer: Peer):
         for text in (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from sessiond.errors import (
     SessiondError,
     Status,
 )
+from sessiond.model import Model
 
 NOBODY = 65534
 
@@ -134,6 +138,19 @@ class TestTheModel:
         rubbish = tmp_path / "model.gguf"
         rubbish.write_bytes(b"GGUF" + b"\0" * 100)
         await refuses_to_start(daemons, ModelCorrupt, model=str(rubbish))
+        await before()
+
+    async def test_that_cannot_run(self, daemons: Daemons, before, monkeypatch):
+        """What fails on the engine's thread ends the start too."""
+
+        def refuse(self: Model, tokens: int) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "warm_up", refuse)
+            patch.setattr(threading, "excepthook", lambda args: None)
+            with pytest.raises(OSError, match="Cannot allocate memory"):
+                await asyncio.wait_for(daemons.start(), 20)
         await before()
 
 

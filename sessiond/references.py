@@ -1,0 +1,53 @@
+"""References to KV that cannot be read count as absent: the KV is computed from its tokens again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sessiond.errors import RecordCorrupt
+from sessiond.storage.batch import LogBatch
+from sessiond.storage.records import CellRef, TailRef
+from sessiond.storage.store import Store
+
+
+def cell_refs(
+    store: Store, tenant: str, hashes: Sequence[bytes], *, forget: bool = True
+) -> tuple[list[CellRef | None], dict[bytes, str]]:
+    """The references of these cells, in order, None where absent or damaged; and what is wrong with damaged ones.
+
+    Damaged ones are deleted (not without `forget`), so that the cell is written again once it has been computed.
+    """
+    try:
+        return store.log.cell_refs(tenant, hashes), {}
+    except RecordCorrupt:
+        pass
+    refs: list[CellRef | None] = []
+    damaged: dict[bytes, str] = {}
+    for prefix_hash in hashes:
+        try:
+            refs.append(store.log.cell_ref(tenant, prefix_hash))
+        except RecordCorrupt as error:
+            damaged[prefix_hash] = error.message
+            refs.append(None)
+    if forget:
+        batch = LogBatch()
+        for prefix_hash in damaged:
+            batch.delete_cell_ref(tenant, prefix_hash)
+        store.log.write(batch).result()
+    return refs, damaged
+
+
+def tail_ref(store: Store, tenant: str, revision_id: str, *, forget: bool = True) -> tuple[TailRef | None, str]:
+    """A revision's tail, None if absent or damaged; what is wrong with a damaged one.
+
+    A damaged one is deleted (not without `forget`), and whatever it may have named.
+    """
+    try:
+        return store.log.tail_ref(tenant, revision_id), ""
+    except RecordCorrupt as error:
+        if forget:
+            damaged = LogBatch()
+            damaged.delete_tail_ref(tenant, revision_id)
+            store.log.write(damaged).result()
+            store.blocks.delete_tails(tenant, revision_id).result()
+        return None, error.message
