@@ -80,7 +80,18 @@ class Chat:
                 err.print(f"{printable(other)} is no command; /help lists them", markup=False, style="yellow")
 
     def answer(self, text: str) -> None:
-        """Run one turn and show it as it comes."""
+        """Run one turn and show it as it comes. An answer that was cut off before is kept as far as it came."""
+        try:
+            self._answer(text)
+        except SessiondClientError as error:
+            if error.reason != "TURN_SUSPENDED":
+                raise
+            kept = self.session.abort(error.metadata["request_id"], commit=True)
+            self.session.refresh()
+            err.print(f"[dim]the last answer had been cut off; its {kept.generated_tokens} tokens are kept[/]")
+            self._answer(text)
+
+    def _answer(self, text: str) -> None:
         request_id = uuid.uuid4().hex
         parts: list[str] = []
         finished: sessions_pb2.Finished | None = None

@@ -16,7 +16,7 @@ SPIN_COUNT = "5000"
 
 
 def _flag(help_: str, panel: str, *names: str) -> Any:
-    return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=False)
+    return typer.Option(*names, help=help_.replace("[", r"\["), rich_help_panel=panel, show_default=False)
 
 
 _SERVED, _ACCESS, _COMPUTE, _MEMORY, _TURNS = (

@@ -231,7 +231,10 @@ class Daemon:
             else:
                 self.port = server.add_insecure_port(settings.listen)
         except RuntimeError as error:
-            raise UnsafeAddress(f"cannot bind {settings.listen}: {error}", address=settings.listen) from error
+            told = (
+                f"cannot bind {settings.listen}: stop what uses it, or choose another address with --listen ({error})"
+            )
+            raise UnsafeAddress(told, address=settings.listen) from error
         await server.start()
         self._stack.push_async_callback(interceptor.finish)
         self._stack.push_async_callback(server.stop, 1.0)

@@ -17,9 +17,9 @@ from grpc_status import rpc_status
 from sessiond.v1 import admin_pb2, admin_pb2_grpc, sessions_pb2, sessions_pb2_grpc, types_pb2
 
 
-def abort(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, message: str) -> None:
+def abort(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str, message: str, **metadata: str) -> None:
     status = status_pb2.Status(code=code.value[0], message=message)
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="sessiond"))
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=reason, domain="sessiond", metadata=metadata))
     context.abort_with_status(rpc_status.to_status(status))
 
 
@@ -29,6 +29,7 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
     def __init__(self) -> None:
         self.words = ["Hello", ", ", "wörld", "!"]
         self.pause = 0.0
+        self.suspended = ""  # the request that stands suspended
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.sessions: dict[str, types_pb2.Session] = {}
@@ -81,6 +82,9 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
     def Generate(self, request, context):
         self.requests.append(request)
         self._session(request.session_id, context)
+        if self.suspended:
+            told = f"turn {self.suspended} is suspended"
+            abort(context, grpc.StatusCode.ABORTED, "TURN_SUSPENDED", told, request_id=self.suspended)
         yield sessions_pb2.TurnEvent(accepted=sessions_pb2.Accepted(revision_id="r0"))
         restored = sessions_pb2.Restored(tier=types_pb2.TIER_COLD, tokens_restored=6000, milliseconds=23)
         yield sessions_pb2.TurnEvent(restored=restored)
@@ -105,7 +109,10 @@ class CannedServer(sessions_pb2_grpc.SessionsServicer, admin_pb2_grpc.AdminServi
 
     def AbortTurn(self, request, context):
         self.requests.append(request)
-        self.aborted.set()
+        if self.suspended:
+            self.suspended = ""
+        else:
+            self.aborted.set()
         return sessions_pb2.AbortTurnResponse(stopped=True, generated_tokens=2)
 
     def ExportSession(self, request, context):

@@ -286,6 +286,20 @@ def test_chat_goes_on_with_a_session_and_opens_another(address: str, server: Can
     assert "no session nope" in run("chat", "--session", "nope", status=1).stderr
 
 
+def test_chat_keeps_an_answer_that_was_cut_off_and_goes_on(address: str, server: CannedServer) -> None:
+    run("sessions", "create", "--system", "x")
+    server.suspended = "lost-one"
+    result = run("chat", "--session", "s1", "-m", "And now?")
+    assert result.stdout == "Hello, wörld!\n"
+    assert "its 2 tokens are kept" in result.stderr
+    (stopped,) = [item for item in server.requests if isinstance(item, sessions_pb2.AbortTurnRequest)]
+    assert (stopped.request_id, stopped.commit) == ("lost-one", True)
+
+
+def test_help_shows_the_defaults_in_brackets() -> None:
+    assert "[smollm2]" in run("serve", "--help").stdout
+
+
 def test_control_characters_do_not_reach_the_terminal() -> None:
     assert cli_output.printable("a\x1b]0;t\x07b\nc\td\x9b1m\x7fé") == "a]0;tb\nc\td1mé"
 
