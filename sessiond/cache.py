@@ -101,7 +101,7 @@ class SessionCache:
         for layer in range(self.shape.n_layers):
             self.keys[layer].zero_()
             self.values[layer].zero_()
-        self.length = self.sealed = 0
+        self._written = self.length = self.sealed = 0
 
     def truncate(self, length: int, cell_tokens: int) -> None:
         """Forget positions from `length` on, and clear them; a sealed cell that is cut stops being sealed.

@@ -180,7 +180,7 @@ class Conversations:
             if turn.stream.failure:
                 raise turn.stream.failure
             return True, turn.stream.finished.revision if turn.stream.finished else "", len(turn.generated)
-        return await self.desk.whole(self._abort_suspended(live, request_id, commit=commit))
+        return await self._abort_suspended(live, request_id, commit=commit)
 
     async def _abort_suspended(self, live: Live, request_id: str, *, commit: bool) -> tuple[bool, str, int]:
         log = self.desk.store.log

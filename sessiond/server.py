@@ -105,20 +105,16 @@ def _unary(
     inner: Callable[..., Any], decode: Callable[[Any], Any], running: set[asyncio.Task[Any]]
 ) -> Callable[..., Any]:
     async def call(raw: Any, context: Any) -> Any:
-        # A client that goes away must not leave half of what it asked for: the call runs to its end without it.
-        request = decode(raw)
-        task = asyncio.create_task(inner(request, context))
-        running.add(task)
-        task.add_done_callback(running.discard)
-        return await asyncio.shield(task)
-
-    async def guarded(raw: Any, context: Any) -> Any:
         try:
-            return await call(raw, context)
+            # A client that goes away must not leave half of what it asked for: the call runs to its end without it.
+            task = asyncio.create_task(inner(decode(raw), context))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            return await asyncio.shield(task)
         except Exception as error:  # noqa: BLE001 - the boundary
             await _abort(context, error)
 
-    return guarded
+    return call
 
 
 def _stream(inner: Callable[..., Any], decode: Callable[[Any], Any]) -> Callable[..., Any]:

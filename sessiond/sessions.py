@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -164,31 +164,39 @@ class Sessions:
 
     async def expire_due(self, tenant: str, session_id: str) -> None:
         """Soft-delete what the index calls expired. If the log's record is not, only the index is put right."""
-        live = self.desk.live(tenant, session_id)
-        if live.turn or live.lease.locked():
-            return  # somebody works with it; the next sweep asks again
-        async with live.lease:
-            record = self.record(tenant, session_id, deleted_too=True)
-            if not _expired(record, self.desk.now_us()):
-                self.desk.index(record)
-                return
-            await self.desk.unsettle(live)
-            live.drop_cache()
+
+        async def delete(live: Live) -> None:
             await self._soft_delete(live, lambda record: _expired(record, self.desk.now_us()))
+
+        await self._if_due(tenant, session_id, _expired, delete)
 
     async def purge_due(self, tenant: str, session_id: str) -> None:
         """Erase what the index calls purgeable. If the log's record is not, only the index is put right."""
+
+        async def purge(live: Live) -> None:
+            await self._purge(tenant, session_id)
+
+        await self._if_due(tenant, session_id, _purgeable, purge)
+
+    async def _if_due(
+        self,
+        tenant: str,
+        session_id: str,
+        due: Callable[[SessionRecord, int], bool],
+        act: Callable[[Live], Awaitable[None]],
+    ) -> None:
+        """Take the session out of memory and `act`, under its lease; a session in use is left to the next sweep."""
         live = self.desk.live(tenant, session_id)
         if live.turn or live.lease.locked():
-            return  # somebody works with it; the next sweep asks again
+            return
         async with live.lease:
             record = self.record(tenant, session_id, deleted_too=True)
-            if record.deleted_us is None or record.purge_us is None or record.purge_us > self.desk.now_us():
+            if not due(record, self.desk.now_us()):
                 self.desk.index(record)
                 return
             await self.desk.unsettle(live)
             live.drop_cache()
-            await self._purge(tenant, session_id)
+            await act(live)
 
     async def _soft_delete(self, live: Live, wanted: Callable[[SessionRecord], bool]) -> SessionRecord:
         """Mark a session deleted if its record, read just before it is written, is still `wanted` to be."""
@@ -367,6 +375,10 @@ def refuse_busy(live: Live) -> None:
 def _check_etag(record: SessionRecord, etag: str) -> None:
     if etag and etag != str(record.generation):
         raise EtagMismatch(f"the session changed: etag is {record.generation}, not {etag}", etag=record.generation)
+
+
+def _purgeable(record: SessionRecord, now_us: int) -> bool:
+    return record.deleted_us is not None and record.purge_us is not None and record.purge_us <= now_us
 
 
 def _expired(record: SessionRecord, now_us: int) -> bool:

@@ -33,7 +33,7 @@ class TurnStream:
         return self.finished is not None or self.failure is not None
 
     def leave(self) -> None:
-        """As if a client had listened and gone: whoever asked for the turn never came to listen."""
+        """A client has gone, or never came to listen to the turn it asked for."""
         if not self._listeners:
             self._left()
 
@@ -71,5 +71,4 @@ class TurnStream:
                     await wake.wait()
         finally:
             self._listeners.discard(wake)
-            if not self._listeners:
-                self._left()
+            self.leave()

@@ -195,14 +195,14 @@ class Environment:
         except lmdb.Error as exc:
             self._fail(group, exc)
             return
-        refused = [(batch, error) for batch in group if (error := self._apply(txn, batch)) is not None]
-        applied = [batch for batch in group if all(batch is not other for other, _ in refused)]
+        outcomes = [(batch, self._apply(txn, batch)) for batch in group]
         try:
-            self._commit_applied(txn, applied)
+            self._commit_applied(txn, [batch for batch, error in outcomes if error is None])
         finally:
             # Told only now: a refusal may rest on what another batch of this group wrote, which must be there to read.
-            for batch, error in refused:
-                batch.done.set_exception(error)
+            for batch, error in outcomes:
+                if error is not None:
+                    batch.done.set_exception(error)
 
     def _commit_applied(self, txn: WriteTxn, applied: list[_Batch]) -> None:
         try:

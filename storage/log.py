@@ -61,12 +61,7 @@ class LogStore:
                 for key, value in _range(txn, prefix, start):
                     if key == start:
                         continue
-                    try:
-                        out.append(parse(SessionRecord, key, value))
-                    except errors.RecordCorrupt as exc:
-                        if on_corrupt is None:
-                            raise
-                        on_corrupt(exc)
+                    out += _readable(SessionRecord, key, value, on_corrupt)
                     if len(out) >= limit:
                         return out
         return out
@@ -170,12 +165,7 @@ class LogStore:
         out: list[CellRef] = []
         with self._env.read() as txn:
             for key, value in _range(txn, keys.kind_prefix(tenant, keys.CELL_REF)):
-                try:
-                    out.append(parse(CellRef, key, value))
-                except errors.RecordCorrupt as exc:
-                    if on_corrupt is None:
-                        raise
-                    on_corrupt(exc)
+                out += _readable(CellRef, key, value, on_corrupt)
         return out
 
     def tail_ref(self, tenant: str, revision_id: str) -> TailRef | None:
@@ -209,6 +199,16 @@ class LogStore:
         with self._env.read() as txn:
             value = txn.get(key)
             return None if value is None else parse(cls, key, value)
+
+
+def _readable(cls: type[R], key: bytes, value: memoryview, on_corrupt: OnCorrupt | None) -> Iterator[R]:
+    """The record; or nothing, if it is damaged and `on_corrupt` is there to be told."""
+    try:
+        yield parse(cls, key, value)
+    except errors.RecordCorrupt as exc:
+        if on_corrupt is None:
+            raise
+        on_corrupt(exc)
 
 
 def _session_key(at: tuple[str, str]) -> tuple[str, int, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -18,44 +19,35 @@ from sessiond.v1 import sessions_pb2
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    """A script or module of benchmarks/, which is no package."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module(name)
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    import _bench
-
-    return _bench
+    return load(monkeypatch, "_bench")
 
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    import _turns
-
-    return _turns
+    return load(monkeypatch, "_turns")
 
 
 @pytest.fixture
 def daemon(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    import _daemon
-
-    return _daemon
+    return load(monkeypatch, "_daemon")
 
 
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    import decode
-
-    return decode
+    return load(monkeypatch, "decode")
 
 
 @pytest.fixture
 def resume(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    import resume
-
-    return resume
+    return load(monkeypatch, "resume")
 
 
 def test_spread_has_median_quartiles_and_extremes(bench: ModuleType) -> None:

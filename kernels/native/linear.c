@@ -33,7 +33,7 @@ INLINE AVX512_BF16 __m512 sum_lanes(const __m512 acc[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xDD));
 }
 
-/* Sums of NR rows with NO outputs, NR * NO = 16: lane r * NO + o. Weights of the next tile are fetched ahead. */
+/* Sums of NR rows with NO outputs, NR * NO = 16: lane r * NO + o. */
 INLINE AVX512_BF16 __m512 tile(const int NR, const int NO, const uint16_t *x, const uint16_t *w, int64_t n_in) {
     __m512 acc[16];
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
