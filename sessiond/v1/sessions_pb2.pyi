@@ -1659,6 +1659,7 @@ class ArchiveHeader(_message.Message):
     N_TOKENS_FIELD_NUMBER: _builtins.int
     ESTIMATED_BYTES_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
+    TOKENS_WITH_KV_FIELD_NUMBER: _builtins.int
     format: _builtins.int
     """Version of the archive's format."""
     session_id: _builtins.str
@@ -1671,6 +1672,8 @@ class ArchiveHeader(_message.Message):
     """Number of tokens."""
     estimated_bytes: _builtins.int
     """About how many bytes follow in chunks; 0: not known."""
+    tokens_with_kv: _builtins.int
+    """Tokens of the head's branch whose key/value state comes along."""
     @_builtins.property
     def identity(self) -> _types_pb2.ModelIdentity:
         """The model it belongs to."""
@@ -1685,10 +1688,11 @@ class ArchiveHeader(_message.Message):
         n_tokens: _builtins.int = ...,
         estimated_bytes: _builtins.int = ...,
         identity: _types_pb2.ModelIdentity | None = ...,
+        tokens_with_kv: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "format", b"format", "head_revision_id", b"head_revision_id", "identity", b"identity", "n_revisions", b"n_revisions", "n_tokens", b"n_tokens", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["estimated_bytes", b"estimated_bytes", "format", b"format", "head_revision_id", b"head_revision_id", "identity", b"identity", "n_revisions", b"n_revisions", "n_tokens", b"n_tokens", "session_id", b"session_id", "tokens_with_kv", b"tokens_with_kv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

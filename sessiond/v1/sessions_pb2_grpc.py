@@ -374,11 +374,14 @@ class SessionsServicer:
 
     def ExportSession(self, request, context):
         """Streams a portable archive of a session: a header, chunks of 256 KiB to 1 MiB, and a trailer with the hash.
-        Reads only. A broken stream is started again from its beginning; without the trailer it is incomplete.
+        Reads only, and runs beside turns: it holds what is committed, of a soft-deleted session too. State that is only
+        in memory is written to disk first where that is possible, else left out; `tokens_with_kv` says how much is in.
+        A broken stream is started again from its beginning; without the trailer it is incomplete.
 
         * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
-        * ABORTED / SESSION_BUSY: a turn runs; retry after it.
-        * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged. Damaged key/value state is left out instead.
+        * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+        * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
+        still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -386,17 +389,20 @@ class SessionsServicer:
 
     def ImportSession(self, request_iterator, context):
         """Makes a session from an archive. The stream is one header, the archive's bytes in chunks of up to 1 MiB, and the
-        trailer; nothing is committed before the hash is verified.
+        trailer; nothing is committed before the hash is verified. Its state is used by the new session alone, and shared
+        only once it was computed again here.
 
         Idempotent by `request_id`, as CreateSession is.
 
-        * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive.
-        REQUEST_ID_REUSED: this id came with a different archive.
+        * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive, a bad label or
+        expiry. REQUEST_ID_REUSED: this id came with a different archive. CONTEXT_TOO_LONG: the history does not fit
+        the model. BAD_MESSAGE: with RECOMPUTE, the model's template refuses the history. BAD_TOKENS: an id outside the
+        vocabulary. UNKNOWN_POLICY.
         * FAILED_PRECONDITION / IDENTITY_MISMATCH: the archive belongs to another model (metadata names the field that
         differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
         STORE_READ_ONLY.
-        * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA.
-        * DATA_LOSS / RECORD_CORRUPT: the hash or a record's checksum is wrong. Fetch the archive again.
+        * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+        * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

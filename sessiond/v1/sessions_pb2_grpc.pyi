@@ -206,25 +206,31 @@ class SessionsStub:
     """
     ExportSession: _grpc.UnaryStreamMultiCallable[_sessions_pb2.ExportSessionRequest, _sessions_pb2.ExportSessionResponse]
     """Streams a portable archive of a session: a header, chunks of 256 KiB to 1 MiB, and a trailer with the hash.
-    Reads only. A broken stream is started again from its beginning; without the trailer it is incomplete.
+    Reads only, and runs beside turns: it holds what is committed, of a soft-deleted session too. State that is only
+    in memory is written to disk first where that is possible, else left out; `tokens_with_kv` says how much is in.
+    A broken stream is started again from its beginning; without the trailer it is incomplete.
 
     * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
-    * ABORTED / SESSION_BUSY: a turn runs; retry after it.
-    * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged. Damaged key/value state is left out instead.
+    * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+    * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
+      still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
     """
     ImportSession: _grpc.StreamUnaryMultiCallable[_sessions_pb2.ImportSessionRequest, _sessions_pb2.ImportSessionResponse]
     """Makes a session from an archive. The stream is one header, the archive's bytes in chunks of up to 1 MiB, and the
-    trailer; nothing is committed before the hash is verified.
+    trailer; nothing is committed before the hash is verified. Its state is used by the new session alone, and shared
+    only once it was computed again here.
 
     Idempotent by `request_id`, as CreateSession is.
 
-    * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive.
-      REQUEST_ID_REUSED: this id came with a different archive.
+    * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive, a bad label or
+      expiry. REQUEST_ID_REUSED: this id came with a different archive. CONTEXT_TOO_LONG: the history does not fit
+      the model. BAD_MESSAGE: with RECOMPUTE, the model's template refuses the history. BAD_TOKENS: an id outside the
+      vocabulary. UNKNOWN_POLICY.
     * FAILED_PRECONDITION / IDENTITY_MISMATCH: the archive belongs to another model (metadata names the field that
       differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
       STORE_READ_ONLY.
-    * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA.
-    * DATA_LOSS / RECORD_CORRUPT: the hash or a record's checksum is wrong. Fetch the archive again.
+    * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+    * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CountTokensRequest, _sessions_pb2.CountTokensResponse]
     """Counts the tokens that messages would add to a session, under its chat template. Reads only; retry at will.
@@ -411,25 +417,31 @@ class SessionsAsyncStub(SessionsStub):
     """
     ExportSession: _aio.UnaryStreamMultiCallable[_sessions_pb2.ExportSessionRequest, _sessions_pb2.ExportSessionResponse]  # type: ignore[assignment]
     """Streams a portable archive of a session: a header, chunks of 256 KiB to 1 MiB, and a trailer with the hash.
-    Reads only. A broken stream is started again from its beginning; without the trailer it is incomplete.
+    Reads only, and runs beside turns: it holds what is committed, of a soft-deleted session too. State that is only
+    in memory is written to disk first where that is possible, else left out; `tokens_with_kv` says how much is in.
+    A broken stream is started again from its beginning; without the trailer it is incomplete.
 
     * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
-    * ABORTED / SESSION_BUSY: a turn runs; retry after it.
-    * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged. Damaged key/value state is left out instead.
+    * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+    * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
+      still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
     """
     ImportSession: _aio.StreamUnaryMultiCallable[_sessions_pb2.ImportSessionRequest, _sessions_pb2.ImportSessionResponse]  # type: ignore[assignment]
     """Makes a session from an archive. The stream is one header, the archive's bytes in chunks of up to 1 MiB, and the
-    trailer; nothing is committed before the hash is verified.
+    trailer; nothing is committed before the hash is verified. Its state is used by the new session alone, and shared
+    only once it was computed again here.
 
     Idempotent by `request_id`, as CreateSession is.
 
-    * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive.
-      REQUEST_ID_REUSED: this id came with a different archive.
+    * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive, a bad label or
+      expiry. REQUEST_ID_REUSED: this id came with a different archive. CONTEXT_TOO_LONG: the history does not fit
+      the model. BAD_MESSAGE: with RECOMPUTE, the model's template refuses the history. BAD_TOKENS: an id outside the
+      vocabulary. UNKNOWN_POLICY.
     * FAILED_PRECONDITION / IDENTITY_MISMATCH: the archive belongs to another model (metadata names the field that
       differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
       STORE_READ_ONLY.
-    * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA.
-    * DATA_LOSS / RECORD_CORRUPT: the hash or a record's checksum is wrong. Fetch the archive again.
+    * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+    * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CountTokensRequest, _sessions_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens that messages would add to a session, under its chat template. Reads only; retry at will.
@@ -709,11 +721,14 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sessions_pb2.ExportSessionResponse], _abc.AsyncIterator[_sessions_pb2.ExportSessionResponse]]:
         """Streams a portable archive of a session: a header, chunks of 256 KiB to 1 MiB, and a trailer with the hash.
-        Reads only. A broken stream is started again from its beginning; without the trailer it is incomplete.
+        Reads only, and runs beside turns: it holds what is committed, of a soft-deleted session too. State that is only
+        in memory is written to disk first where that is possible, else left out; `tokens_with_kv` says how much is in.
+        A broken stream is started again from its beginning; without the trailer it is incomplete.
 
         * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
-        * ABORTED / SESSION_BUSY: a turn runs; retry after it.
-        * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged. Damaged key/value state is left out instead.
+        * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+        * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
+          still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
         """
 
     @_abc_1.abstractmethod
@@ -723,17 +738,20 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ImportSessionResponse, _abc.Awaitable[_sessions_pb2.ImportSessionResponse]]:
         """Makes a session from an archive. The stream is one header, the archive's bytes in chunks of up to 1 MiB, and the
-        trailer; nothing is committed before the hash is verified.
+        trailer; nothing is committed before the hash is verified. Its state is used by the new session alone, and shared
+        only once it was computed again here.
 
         Idempotent by `request_id`, as CreateSession is.
 
-        * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive.
-          REQUEST_ID_REUSED: this id came with a different archive.
+        * INVALID_ARGUMENT / BAD_REQUEST: parts out of order, a chunk too large, a malformed archive, a bad label or
+          expiry. REQUEST_ID_REUSED: this id came with a different archive. CONTEXT_TOO_LONG: the history does not fit
+          the model. BAD_MESSAGE: with RECOMPUTE, the model's template refuses the history. BAD_TOKENS: an id outside the
+          vocabulary. UNKNOWN_POLICY.
         * FAILED_PRECONDITION / IDENTITY_MISMATCH: the archive belongs to another model (metadata names the field that
           differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
           STORE_READ_ONLY.
-        * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA.
-        * DATA_LOSS / RECORD_CORRUPT: the hash or a record's checksum is wrong. Fetch the archive again.
+        * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+        * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
         """
 
     @_abc_1.abstractmethod
