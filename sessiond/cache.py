@@ -6,6 +6,7 @@ written cost memory (docs/decisions/0002-reserved-kv.md).
 
     [0, sealed)         canonical KV, a pure function of identity and tokens
     [sealed, length)    provisional KV of this session
+    [0, borrowed)       whole cells as an archive had them, or computed behind such: good to build on, not to share
     [length, capacity)  zeros, or rows of a step that was abandoned; never attended
 """
 
@@ -61,6 +62,7 @@ class SessionCache:
         self._written = 0  # end of the positions that a step has written
         self.length = 0
         self.sealed = 0
+        self.borrowed = 0
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +103,7 @@ class SessionCache:
         for layer in range(self.shape.n_layers):
             self.keys[layer].zero_()
             self.values[layer].zero_()
-        self._written = self.length = self.sealed = 0
+        self._written = self.length = self.sealed = self.borrowed = 0
 
     def truncate(self, length: int, cell_tokens: int) -> None:
         """Forget positions from `length` on, and clear them; a sealed cell that is cut stops being sealed.
@@ -114,7 +116,8 @@ class SessionCache:
                 self.values[layer][:, length : self._written].zero_()
             self._written = length
         self.length = min(self.length, length)
-        self.sealed = min(self.sealed, self.length // cell_tokens * cell_tokens)
+        whole = self.length // cell_tokens * cell_tokens
+        self.sealed, self.borrowed = min(self.sealed, whole), min(self.borrowed, whole)
 
     def array(self, layer: int, part: int, span: Span) -> np.ndarray[Any, Any]:
         """K (part 0) or V (part 1) of `span` in `layer`: a writable view [G, n, D] of unsigned integers."""

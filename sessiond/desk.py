@@ -279,14 +279,14 @@ class Desk:
             return 0
         written = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving)
 
-        def snapshot() -> tuple[int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
-            cell = self.store.cell_tokens
-            start = min(cache.sealed, len(ids) // cell * cell)
-            return start, cache.copies(start, max(start, min(cache.length, len(ids))))
+        def snapshot() -> tuple[int, int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
+            whole = len(ids) // self.store.cell_tokens * self.store.cell_tokens
+            start = min(cache.sealed, whole)
+            return start, min(cache.borrowed, whole), cache.copies(start, max(start, min(cache.length, len(ids))))
 
-        start, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
+        start, borrowed, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
         older = [revision.revision_id for revision in live.chain[:-1]][-8:]
-        written += await self._save(live, self.tiers.persist_tail, live.tenant, head, start, arrays, older)
+        written += await self._save(live, self.tiers.persist_tail, live.tenant, head, start, arrays, older, borrowed)
         if live.head == head:
             live.persisted = start + (arrays[0][0].shape[1] if arrays else 0)
         return written

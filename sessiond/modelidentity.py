@@ -62,6 +62,11 @@ def identity_id(fields: Mapping[str, str]) -> str:
     return blake3(canonical_json(dict(fields)).encode()).hexdigest(length=16)
 
 
+def profile_id(fields: Mapping[str, str]) -> str:
+    """32 hex digits naming a numerics profile."""
+    return blake3(repr(sorted(fields.items())).encode()).hexdigest(length=16)
+
+
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal bytes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

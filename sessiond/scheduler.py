@@ -143,7 +143,7 @@ class TurnWork:
         have = min(cache.length, n_prompt + len(logged) - 1)
         if have < cache.length:
             cache.truncate(have, cell_tokens)
-        self.pieces = deque(plan_prefill(cache.sealed, have, n_prompt, cell_tokens, seal))
+        self.pieces = deque(plan_prefill(max(cache.sealed, cache.borrowed), have, n_prompt, cell_tokens, seal))
         self.pending = deque(logged[max(0, have - n_prompt) :])
 
     def recomputed(self, start: int, end: int) -> int:
@@ -152,8 +152,10 @@ class TurnWork:
 
     def after_piece(self, piece: Piece) -> None:
         self.cache.length = piece.end
-        if piece.canonical:
+        if piece.canonical and piece.start == self.cache.sealed:
             self.cache.sealed = piece.end
+        elif piece.canonical:  # behind KV that came with an archive: as good as that, and no better
+            self.cache.borrowed = piece.end
 
     def accept(self, sampled: Sampled) -> tuple[list[Event], bool]:
         """Take a sampled token; returns the events and whether the turn is over."""

@@ -14,13 +14,12 @@ from typing import Any
 import grpc
 import structlog
 import torch
-from blake3 import blake3
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from sessiond import modelstore, wireout
+from sessiond import modelidentity, modelstore, wireout
 from sessiond.auth import Principals
 from sessiond.config import Settings
 from sessiond.conversation import Conversations
@@ -176,7 +175,7 @@ class Daemon:
         identity = modelstore.identity_fields(resolved.path, kv_dtype=model.shape.dtype)
         identity_id = modelstore.identity_id(identity)
         profile = numerics_profile(settings.threads)
-        profile_id = blake3(repr(sorted(profile.items())).encode()).hexdigest(16)
+        profile_id = modelidentity.profile_id(profile)
         batch = LogBatch()
         batch.put_identity(identity_id, identity)
         batch.put_profile(profile_id, profile)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -9,12 +11,14 @@ from typing import Any
 
 import grpc
 
-from sessiond import wirein, wireout
+from sessiond import portable, wirein, wireout
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
 from sessiond.diskuse import disk_totals
 from sessiond.errors import BadRequest, NotImplementedYet, SessiondError
+from sessiond.exporting import Exports
+from sessiond.importing import Imports
 from sessiond.policies.registry import POLICIES
 from sessiond.sessions import Sessions
 from sessiond.v1 import admin_pb2 as admin
@@ -25,6 +29,7 @@ from sessiond.v1.sessions_pb2_grpc import SessionsServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+MOST_ARCHIVES = 4  # exports and imports at a time: each keeps a thread and a block of KV
 _UPDATABLE = ("labels", "policy", "ttl", "expire_time")
 
 
@@ -33,6 +38,9 @@ class SessionsService(SessionsServicer):
 
     def __init__(self, sessions: Sessions, conversations: Conversations, principals: Principals) -> None:
         self.sessions = sessions
+        archives = asyncio.Semaphore(MOST_ARCHIVES)
+        self.exports = Exports(sessions, archives)
+        self.imports = Imports(sessions, archives)
         self.conversations = conversations
         self.tenant = principals.tenant
 
@@ -151,13 +159,30 @@ class SessionsService(SessionsServicer):
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Context
     ) -> AsyncIterator[pb.ExportSessionResponse]:
-        raise NotImplementedYet("ExportSession is not served by this version")
-        yield
+        async with self.exports.open(
+            self.tenant(context),
+            request.session_id,
+            request.revision_id,
+            all_revisions=request.all_revisions,
+            tokens_only=request.tokens_only,
+        ) as export:
+            yield pb.ExportSessionResponse(header=portable.archive_header(export))
+            async with contextlib.aclosing(export.chunks()) as chunks:
+                async for chunk in chunks:
+                    yield pb.ExportSessionResponse(chunk=chunk)
+            trailer = pb.ArchiveTrailer(sha256=export.sha256, total_bytes=export.total_bytes)
+            yield pb.ExportSessionResponse(trailer=trailer)
 
     async def ImportSession(
         self, request_iterator: AsyncIterator[pb.ImportSessionRequest], context: Context
     ) -> pb.ImportSessionResponse:
-        raise NotImplementedYet("ImportSession is not served by this version")
+        tenant = self.tenant(context)
+        parts = aiter(request_iterator)
+        first = await anext(parts, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise BadRequest("an import begins with its header", field="header")
+        done = await self.imports.receive(tenant, wirein.import_request(first.header), portable.import_parts(parts))
+        return portable.import_response(done)
 
 
 class AdminService(AdminServicer):
@@ -179,7 +204,7 @@ class AdminService(AdminServicer):
         state = admin.SERVER_STATE_DRAINING if self.sessions.draining else admin.SERVER_STATE_SERVING
         return admin.GetServerInfoResponse(
             version=version("sessiond"),
-            capabilities=["sealing", "resume", "revisions"],
+            capabilities=["sealing", "resume", "revisions", "archives"],
             model=self.sessions.model_name,
             identity=types.ModelIdentity(identity_id=desk.identity_id, fields=self.identity),
             numerics_profile=admin.NumericsProfile(fields=self.profile),

@@ -58,7 +58,7 @@ class Tiers:
         self.store = store
         self.shape = shape
         self.capacity = capacity
-        self._codec = codec_for(shape.dtype)
+        self.codec = codec_for(shape.dtype)
         self.identity_id = identity_id
         self.profile_id = profile_id
         self.cell_tokens = store.cell_tokens
@@ -79,11 +79,13 @@ class Tiers:
         report.corrupt = next(iter(damaged.values()), "")
         n_cells = _leading(refs)
         # The tail goes first: where it reaches below the sealed cells, they overwrite it.
-        tail_end = self._read_tail(tenant, chain, cache, n_cells * self.cell_tokens, len(ids), report)
+        tail_start, tail_stop, borrowed = self._read_tails(
+            tenant, chain, cache, n_cells * self.cell_tokens, len(ids), report
+        )
         n_cells = self._read_cells(tenant, hashes[:n_cells], cache, report)
         cache.sealed = n_cells * self.cell_tokens
-        tail_start, tail_stop = tail_end
         cache.length = max(cache.sealed, tail_stop if tail_start <= cache.sealed else 0)
+        cache.borrowed = min(borrowed, cache.length // self.cell_tokens * self.cell_tokens)
         report.tokens_restored = cache.length
         report.milliseconds = (time.perf_counter() - began) * 1e3
         return cache, report
@@ -93,7 +95,7 @@ class Tiers:
         frame = np.zeros((1, 8, 8), np.uint32 if self.shape.itemsize == 4 else np.uint16)
         probe = [(frame, frame)] * 2
         owner = KVOwner("default", "cell", b"warm-up")
-        list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self._codec), range(2 * self._workers)))
+        list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self.codec), range(2 * self._workers)))
         self.memory.map_spare(spare_bytes)
 
     def _read_cells(self, tenant: str, hashes: Sequence[bytes], cache: SessionCache, report: Restoration) -> int:
@@ -127,7 +129,7 @@ class Tiers:
                 return total, cell, error.message
         return total, len(hashes), ""
 
-    def _read_tail(
+    def _read_tails(
         self,
         tenant: str,
         chain: Sequence[RevisionRecord],
@@ -135,28 +137,57 @@ class Tiers:
         sealed: int,
         n_ids: int,
         report: Restoration,
-    ) -> tuple[int, int]:
-        """Read the newest tail of the branch that reaches beyond `sealed`; returns its span, or (0, 0)."""
-        for revision in reversed(chain):
-            if revision.position_end <= sealed:
-                break
-            ref, why = tail_ref(self.store, tenant, revision.revision_id)
-            report.corrupt = why or report.corrupt
-            if ref is None:
-                continue
-            stop = ref.start + ref.length
-            if ref.start > sealed or stop <= sealed or stop > n_ids:
-                break
-            owner = KVOwner(tenant, "tail", revision.revision_id.encode(), ref.generation)
+    ) -> tuple[int, int, int]:
+        """Read the branch's tails beyond `sealed`; returns their span, and the end of what is borrowed in it."""
+        tails, report.corrupt = self._joined_tails(tenant, chain, sealed, n_ids, report.corrupt)
+        stop = borrowed = 0
+        for ref in tails:
+            owner = KVOwner(tenant, "tail", ref.revision_id.encode(), ref.generation)
+            span = Span(ref.start, ref.start + ref.length)
             try:
                 report.bytes_read += self.store.blocks.read_into(
-                    owner, ref.start, ref.length, self.shape.n_layers, _into(cache, Span(ref.start, stop))
+                    owner, ref.start, ref.length, self.shape.n_layers, _into(cache, span)
                 )
             except RecordCorrupt as error:
                 report.corrupt = error.message
+                stop = min(stop, ref.start)  # what stood there was written over
                 break
-            return ref.start, stop
-        return 0, 0
+            stop = span.end
+            if ref.start <= max(sealed, borrowed):
+                borrowed = max(borrowed, int(ref.extra.get("borrowed", 0)))
+        return tails[0].start if tails else 0, stop, min(borrowed, stop)
+
+    def _joined_tails(
+        self,
+        tenant: str,
+        chain: Sequence[RevisionRecord],
+        sealed: int,
+        n_ids: int,
+        corrupt: str = "",
+        *,
+        forget: bool = True,
+    ) -> tuple[list[TailRef], str]:
+        """The branch's tails that lead from `sealed` on without a gap, lowest first; and a damaged reference, if any.
+
+        Mostly one. An imported tree has one for each segment between forks: they join, or reach into each other.
+        """
+        tails: list[TailRef] = []
+        for revision in reversed(chain):
+            if revision.position_end <= sealed:
+                break
+            ref, why = tail_ref(self.store, tenant, revision.revision_id, forget=forget)
+            corrupt = why or corrupt
+            if ref is None:
+                continue
+            stop = ref.start + ref.length
+            if stop <= sealed or stop > n_ids:
+                break
+            if tails and stop < tails[-1].start:  # what lies behind the gap is of no use
+                tails.clear()
+            tails.append(ref)
+            if ref.start <= sealed:
+                return tails[::-1], corrupt
+        return [], corrupt
 
     def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event) -> int:
         """Make sealed cells of the history `ids` durable, those that are not on disk yet, until `stop` is set.
@@ -185,7 +216,7 @@ class Tiers:
     ) -> tuple[CellRef, Future[None]]:
         start = cell * self.cell_tokens
         owner = KVOwner(tenant, "cell", prefix_hash)
-        coded = encode_kv(owner, start, cache.arrays(Span(start, start + self.cell_tokens)), codec=self._codec)
+        coded = encode_kv(owner, start, cache.arrays(Span(start, start + self.cell_tokens)), codec=self.codec)
         ref = CellRef(
             tenant=tenant,
             prefix_hash=prefix_hash,
@@ -207,14 +238,18 @@ class Tiers:
         start: int,
         arrays: Sequence[tuple[Any, Any]],
         replaces: Sequence[str],
+        borrowed: int = 0,
     ) -> int:
-        """Make provisional KV of a revision durable, then drop the tails of `replaces`. Returns bytes written."""
+        """Make provisional KV of a revision durable, then drop the tails of `replaces`. Returns bytes written.
+
+        `borrowed`: as SessionCache.borrowed.
+        """
         old, _ = tail_ref(self.store, tenant, revision_id)
         generation = old.generation + 1 if old else 1
         log, written = LogBatch(), 0
         if arrays and arrays[0][0].shape[1]:
             coded = encode_kv(
-                KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays, codec=self._codec
+                KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays, codec=self.codec
             )
             self.store.blocks.write(coded.records).result()
             length = arrays[0][0].shape[1]
@@ -230,6 +265,7 @@ class Tiers:
                     kv_digest=coded.kv_digest,
                     profile_id=self.profile_id,
                     generation=generation,
+                    extra={"borrowed": borrowed} if borrowed > start else {},
                 )
             )
         elif old:
@@ -250,11 +286,8 @@ class Tiers:
         """Tokens of a cold session's history whose sealed cells are on disk, and whose KV in any form is."""
         hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
         sealed = _leading(cell_refs(self.store, tenant, hashes, forget=False)[0]) * self.cell_tokens
-        for revision in reversed(chain):
-            ref, _ = tail_ref(self.store, tenant, revision.revision_id, forget=False)
-            if ref and ref.start <= sealed:
-                return sealed, max(sealed, ref.start + ref.length)
-        return sealed, sealed
+        tails, _ = self._joined_tails(tenant, chain, sealed, len(ids), forget=False)
+        return sealed, tails[-1].start + tails[-1].length if tails else sealed
 
 
 def _into(cache: SessionCache, span: Span) -> Any:

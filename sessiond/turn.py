@@ -189,7 +189,8 @@ class Turn:
     def _explain_restoration(self, restored: Restoration, work: TurnWork) -> None:
         missing = max(0, work.known - restored.tokens_restored)
         if missing:
-            cause = "corrupt" if restored.corrupt else "not_persisted"
+            never_here = bool(self.live.chain and self.live.chain[-1].extra.get("moved"))
+            cause = "corrupt" if restored.corrupt else "identity" if never_here else "not_persisted"
             restored.recomputed.append(Recompute(cause, missing, restored.corrupt))
         history = len(self.live.ids)
         again = work.recomputed(max(history, restored.tokens_restored), work.computed_before) if self.plan.logged else 0

@@ -31,6 +31,19 @@ class NewSession:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportRequest:
+    """An ImportHeader in the daemon's own words. `digest` covers all of it but the request_id."""
+
+    request_id: str
+    digest: str
+    labels: dict[str, str]
+    allow_recompute: bool
+    dry_run: bool
+    ttl_us: int | None
+    expire_us: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class SessionView:
     """A session as clients see it: its record and where its state is now."""
 

@@ -23,7 +23,7 @@ from sessiond.sampling import SamplingParams
 from sessiond.template import Message, ToolCall
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2 as types
-from sessiond.views import NewSession
+from sessiond.views import ImportRequest, NewSession
 
 MAX_TTL_US = 100 * 366 * 86_400 * 1_000_000
 MAX_TIME_US = 253_402_300_800 * 1_000_000
@@ -158,6 +158,22 @@ def new_session(request: pb.CreateSessionRequest) -> NewSession:
         adapter=request.adapter,
         policy=policy(request.policy),
         labels=labels(request.labels),
+        ttl_us=ttl,
+        expire_us=expire,
+    )
+
+
+def import_request(header: pb.ImportHeader) -> ImportRequest:
+    """Raises BadRequest."""
+    ttl, expire = expiration(header)
+    if len(header.request_id.encode()) > 128:
+        raise BadRequest("request_id is at most 128 bytes", field="request_id")
+    return ImportRequest(
+        request_id=header.request_id,
+        digest=digest(header),
+        labels=labels(header.labels),
+        allow_recompute=header.allow_recompute,
+        dry_run=header.dry_run,
         ttl_us=ttl,
         expire_us=expire,
     )

@@ -39,6 +39,7 @@ ATTACHMENTS = {
 CAUSES = {
     "not_persisted": pb.RECOMPUTE_CAUSE_NOT_PERSISTED,
     "corrupt": pb.RECOMPUTE_CAUSE_CORRUPT,
+    "identity": pb.RECOMPUTE_CAUSE_IDENTITY,
     "interrupted": pb.RECOMPUTE_CAUSE_INTERRUPTED_TURN,
 }
 

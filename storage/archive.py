@@ -40,7 +40,8 @@ class ArchiveWriter:
         return self._hashed(_HEAD.pack(MAGIC, VERSION, 0, len(manifest)) + manifest)
 
     def block(self, header: bytes, blob: bytes) -> bytes:
-        assert 1 <= len(header) <= MAX_HEADER_BYTES and len(blob) <= MAX_BLOB_BYTES, (len(header), len(blob))
+        assert 1 <= len(header) <= MAX_HEADER_BYTES, len(header)
+        assert len(blob) <= MAX_BLOB_BYTES, len(blob)
         return self._hashed(_FRAME.pack(len(header), 0, len(blob)) + header + blob)
 
     def end(self) -> bytes:

@@ -61,6 +61,24 @@ class BlockStore:
                 total += n_bytes
         return total
 
+    def shape(self, owner: KVOwner, start: int) -> tuple[int, int, int, int]:
+        """Layers, KV heads, head size and element size of the records at `start`, whatever model made them.
+
+        Raises RecordCorrupt, also where there are none.
+        """
+        prefix = keys.kv_part_prefix(owner.prefix, start, Part.K)
+        found: tuple[int, int, int, int] | None = None
+        with self._env.read() as txn, txn.cursor() as cursor:
+            ahead = cursor.set_range(prefix)
+            while ahead and bytes(cursor.key()).startswith(prefix):
+                record = open_record(bytes(cursor.key()), cursor.value())
+                heads, _, size = record.shape
+                found = (record.first_layer + record.n_layers, heads, size, record.itemsize)
+                ahead = cursor.next()
+        if found is None:
+            raise corrupt(prefix, "missing")
+        return found
+
     def delete(self, owner: KVOwner) -> Future[None]:
         """Remove all records of `owner`; absent is fine. Delete the reference in the log first."""
         prefix = owner.prefix

@@ -48,7 +48,7 @@ class Incoming:
 
     def read_at(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes, which must be there. Raises StoreReadOnly if the disk does not give them back."""
-        assert 0 <= offset and offset + length <= self.size, (offset, length, self.size)
+        assert 0 <= offset <= offset + length <= self.size, (offset, length, self.size)
         parts = []
         try:
             while length:

@@ -93,6 +93,11 @@ def kv_key(owner_prefix: bytes, start: int, part: Part, layer: int, head: int = 
     return owner_prefix + _KV_FIELDS.pack(0, start, part, layer, head)[8:]
 
 
+def kv_part_prefix(owner_prefix: bytes, start: int, part: Part) -> bytes:
+    """Start of the keys of all layers of one run and part."""
+    return kv_key(owner_prefix, start, part, 0)[:-4]
+
+
 def split(key: bytes) -> tuple[str, int, bytes]:
     """(tenant, kind, the rest). Raises ValueError on bytes that are no key."""
     n = key[0] if key else 0

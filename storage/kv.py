@@ -104,9 +104,12 @@ def encode_kv(
     *,
     codec: AnyCodec,
     span_tokens: int = SPAN_TOKENS,
+    part_of_more: bool = False,
 ) -> EncodedKV:
     """Code the span [start, start + n): for each layer K and V, each [G, n, D], any strides, n >= 1.
 
+    `part_of_more`: a longer span is coded in several calls, each but the last of whole runs; layers are then grouped
+    alike in all of them, as readers expect of one owner.
     Thread-safe, mostly without the GIL. Pure: equal input gives equal records.
     """
     assert start >= 0, start
@@ -116,7 +119,7 @@ def encode_kv(
     for part in (Part.K, Part.V):
         layers = [pair[part] for pair in arrays]
         assert all(a.shape[1] == n_tokens and a.dtype.kind == "u" for a in layers), "one length, unsigned views"
-        for first, count in _layer_groups(layers, min(n_tokens, span_tokens)):
+        for first, count in _layer_groups(layers, span_tokens if part_of_more else min(n_tokens, span_tokens)):
             for at in range(0, n_tokens, span_tokens):
                 group = [a[:, at : at + span_tokens] for a in layers[first : first + count]]
                 key = keys.kv_key(prefix, start + at, part, first)

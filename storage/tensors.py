@@ -1,7 +1,7 @@
 """Keys and values of one run of positions as a safetensors file, and a strict reader of its header.
 
-Tensors "layers.<i>.k" and "layers.<i>.v", each [G, n, D], in the order of layers, K before V. The header is JSON; nothing
-in it is believed before it was compared with what this model's KV must look like.
+Tensors "layers.<i>.k" and "layers.<i>.v", each [G, n, D], in the order of layers, K before V. The header is JSON;
+nothing in it is believed before it was compared with what this model's KV must look like.
 """
 
 from __future__ import annotations
