@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from sessiond import wirein, wireout
+from sessiond import branching, wirein, wireout
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
@@ -140,10 +140,11 @@ class SessionsService(SessionsServicer):
         return pb.CountTokensResponse(tokens=tokens, session_tokens=held, max_context_tokens=limit)
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> types.Session:
-        raise NotImplementedYet("ForkSession is not served by this version")
+        return wireout.session(await branching.fork(self.sessions, self.tenant(context), wirein.fork(request)))
 
     async def RollbackSession(self, request: pb.RollbackSessionRequest, context: Context) -> types.Session:
-        raise NotImplementedYet("RollbackSession is not served by this version")
+        view = await branching.rollback(self.sessions, self.tenant(context), wirein.rollback(request))
+        return wireout.session(view)
 
     async def ExplainTurn(self, request: pb.ExplainTurnRequest, context: Context) -> pb.ExplainTurnResponse:
         raise NotImplementedYet("ExplainTurn is not served by this version")
@@ -179,7 +180,7 @@ class AdminService(AdminServicer):
         state = admin.SERVER_STATE_DRAINING if self.sessions.draining else admin.SERVER_STATE_SERVING
         return admin.GetServerInfoResponse(
             version=version("sessiond"),
-            capabilities=["sealing", "resume", "revisions"],
+            capabilities=["sealing", "resume", "revisions", "branches", "shared_prefixes"],
             model=self.sessions.model_name,
             identity=types.ModelIdentity(identity_id=desk.identity_id, fields=self.identity),
             numerics_profile=admin.NumericsProfile(fields=self.profile),
