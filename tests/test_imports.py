@@ -24,7 +24,7 @@ LAYERS: list[list[str]] = [
     ["doctor"],
     ["doctor_*"],
     ["server"],
-    ["service", "auth"],
+    ["service", "adminservice", "auth"],
     ["wirein", "wireout", "metrics"],
     ["conversation", "branching", "keeper"],
     ["sessions"],
@@ -77,7 +77,7 @@ KNOWS: dict[str, list[str]] = {
 
 # Who may import which library, wherever in the file.
 RESTRICTED: dict[str, list[str]] = {
-    "grpc": ["server", "service", "cli_*", "clients.*", "v1.*"],
+    "grpc": ["server", "service", "adminservice", "cli_*", "clients.*", "v1.*"],
     "grpc_status": ["server", "clients.*"],
     "transformers": ["model", "attention", "cache", "modelconvert"],
     "torch": [
