@@ -14,7 +14,7 @@ import numpy as np
 import structlog
 
 from sessiond.desk import Desk
-from sessiond.errors import DataLoss, QueueFull, RecordCorrupt, ResourceExhausted, RevisionNotFound, StoreReadOnly
+from sessiond.errors import DataLoss, QueueFull, RecordCorrupt, ResourceExhausted, StoreReadOnly
 from sessiond.history import History, read_history
 from sessiond.live import Live
 from sessiond.manifest import Manifest, encode_manifest
@@ -24,6 +24,7 @@ from sessiond.storage.archive import ArchiveWriter
 from sessiond.storage.kv import kv_digest
 from sessiond.storage.records import SessionRecord
 from sessiond.storage.tensors import encode_tensors
+from sessiond.tree import find_revision
 from sessiond.types import Part
 from sessiond.v1 import archive_pb2
 
@@ -175,10 +176,8 @@ def _prepare(desk: Desk, record: SessionRecord, revision_id: str, all_revisions:
     identity = log_store.identity(record.identity_id)
     if identity is None:
         raise DataLoss(f"identity {record.identity_id} of session {record.session_id} is not in the log")
-    head = log_store.revision(record.tenant, revision_id or record.head_revision)
+    head = find_revision(log_store, record, revision_id or record.head_revision)
     history, records = read_history(log_store, record, head, whole_tree=all_revisions)
-    if revision_id and head.session_id != record.session_id:
-        _refuse_stranger(desk, record, revision_id)
     profiles: list[str] = []
     runs = [] if tokens_only else plan_runs(desk.store, record, history, records, profiles)
     told = [log_store.profile(profile_id) or {"profile_id": profile_id} for profile_id in profiles]
@@ -195,14 +194,3 @@ def _prepare(desk: Desk, record: SessionRecord, revision_id: str, all_revisions:
         history=history,
     )
     return Export(desk, record, manifest.identity, history, encode_manifest(manifest), runs)
-
-
-def _refuse_stranger(desk: Desk, record: SessionRecord, revision_id: str) -> None:
-    """Raises RevisionNotFound for a revision of a session that this one does not descend from."""
-    log_store = desk.store.log
-    heads = [record.head_revision]
-    heads += [r.revision_id for r in log_store.revisions_of_session(record.tenant, record.session_id)]
-    for head in heads:
-        if any(r.revision_id == revision_id for r in log_store.chain(record.tenant, head)):
-            return
-    raise RevisionNotFound(f"no revision {revision_id} in session {record.session_id}")

@@ -16,6 +16,7 @@ from sessiond.storage import keys
 from sessiond.storage.log import LogStore
 from sessiond.storage.records import RevisionRecord, SessionRecord
 from sessiond.template import Message
+from sessiond.tree import leaves, read_tree
 
 Flags = np.ndarray[Any, np.dtype[np.uint8]]
 Kind = Literal["root", "turn", "append"]
@@ -98,10 +99,8 @@ def read_history(
     tenant = session.tenant
     try:
         records = {record.revision_id: record for record in log.chain(tenant, head.revision_id)}
-        if whole_tree:
-            for leaf in log.revisions_of_session(tenant, session.session_id):
-                if leaf.revision_id not in records:
-                    records |= {r.revision_id: r for r in log.chain(tenant, leaf.revision_id)}
+        for leaf in leaves(read_tree(log, session).values()) if whole_tree else ():
+            records |= {record.revision_id: record for record in log.chain(tenant, leaf)}
         index = {revision_id: i for i, revision_id in enumerate(records)}
         told = tuple(_read(log, record, index) for record in records.values())
     except RecordCorrupt as error:

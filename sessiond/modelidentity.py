@@ -62,6 +62,11 @@ def identity_id(fields: Mapping[str, str]) -> str:
     return blake3(canonical_json(dict(fields)).encode()).hexdigest(length=16)
 
 
+def differing_fields(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
+    """Names of the identity's fields that differ, or that only one side has."""
+    return sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+
+
 def profile_id(fields: Mapping[str, str]) -> str:
     """32 hex digits naming a numerics profile."""
     return blake3(repr(sorted(fields.items())).encode()).hexdigest(length=16)

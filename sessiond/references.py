@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sessiond.errors import RecordCorrupt
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.records import CellRef, TailRef
+from sessiond.storage.records import CellRef, RevisionRecord, TailRef
 from sessiond.storage.store import Store
 
 
@@ -51,3 +51,30 @@ def tail_ref(store: Store, tenant: str, revision_id: str, *, forget: bool = True
             store.log.write(damaged).result()
             store.blocks.delete_tails(tenant, revision_id).result()
         return None, error.message
+
+
+def joined_tails(
+    store: Store, tenant: str, chain: Sequence[RevisionRecord], sealed: int, n_ids: int, *, forget: bool = True
+) -> tuple[list[TailRef], str]:
+    """The branch's tails that lead from `sealed` on without a gap, lowest first; and what is wrong with a damaged one.
+
+    Mostly one. An imported tree has one for each segment between forks: they join, or reach into each other.
+    """
+    tails: list[TailRef] = []
+    corrupt = ""
+    for revision in reversed(chain):
+        if revision.position_end <= sealed:
+            break
+        ref, why = tail_ref(store, tenant, revision.revision_id, forget=forget)
+        corrupt = why or corrupt
+        if ref is None:
+            continue
+        stop = ref.start + ref.length
+        if stop <= sealed or stop > n_ids:
+            break
+        if tails and stop < tails[-1].start:  # what lies behind the gap is of no use
+            tails.clear()
+        tails.append(ref)
+        if ref.start <= sealed:
+            return tails[::-1], corrupt
+    return [], corrupt

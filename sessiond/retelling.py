@@ -24,11 +24,6 @@ from sessiond.views import NewSession
 TOKENIZER = "tokenizer"
 
 
-def differing_fields(theirs: Mapping[str, str], ours: Mapping[str, str]) -> list[str]:
-    """Names of the identity's fields that differ, or that only one side has."""
-    return sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
-
-
 def untellable(history: History) -> str | None:
     """Name of the first revision that another tokenizer cannot take, as its input came as raw token ids."""
     for told in history.revisions:
@@ -64,7 +59,6 @@ def retold_session(
     source: SessionRecord,
     new: NewSession,
     model_name: str,
-    extra: Mapping[str, object],
 ) -> tuple[SessionRecord, LogBatch]:
     """A session of this daemon's model that shares neither revisions nor KV with `source`: its record and its batch.
 
@@ -73,7 +67,7 @@ def retold_session(
     log = desk.store.log
     theirs, ours = log.identity(source.identity_id) or {}, log.identity(desk.identity_id) or {}
     told = retell(desk, history, theirs, ours)
-    record, _, batch = transplant(desk, tenant, told, new, model_name, extra)
+    record, _, batch = transplant(desk, tenant, told, new, model_name, {})
     return record, batch
 
 
