@@ -17,10 +17,10 @@ from sessiond.exporting import place
 from sessiond.foreignkv import ForeignKV, TailWriter, check_blocks
 from sessiond.history import History
 from sessiond.manifest import Manifest, decode_manifest
-from sessiond.modelidentity import profile_id
+from sessiond.modelidentity import differing_fields, profile_id
 from sessiond.newsession import session_id_of
 from sessiond.policies import registry
-from sessiond.retelling import TOKENIZER, differing_fields, retell, untellable
+from sessiond.retelling import TOKENIZER, retell, untellable
 from sessiond.sessions import Sessions
 from sessiond.storage.archive import ArchiveReader, corrupt
 from sessiond.storage.environment import DEFAULT_RESERVE_BYTES

@@ -27,6 +27,7 @@ from sessiond.conversation import Conversations
 from sessiond.desk import Desk
 from sessiond.engine import Engine
 from sessiond.errors import BadMessage, InvalidConfig, SessiondError, UnsafeAddress
+from sessiond.foreignsessions import foreign_sessions
 from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
 from sessiond.model import Model, load_tokenizer, numerics_profile
@@ -181,6 +182,8 @@ class Daemon:
         batch.put_identity(identity_id, identity)
         batch.put_profile(profile_id, profile)
         await asyncio.wrap_future(store.log.write(batch))
+        for other, count, fields in await asyncio.to_thread(foreign_sessions, store.log, identity_id):
+            log.warning("sessions of another model", sessions=count, differing=fields, identity=other)
 
         posts: list[Callable[[list[Event]], None]] = []
         engine = Engine(model, store.cell_tokens, settings.threads, lambda events: posts[0](events))

@@ -34,11 +34,11 @@ from sessiond.errors import (
 from sessiond.lifecycle import Event as Change
 from sessiond.lifecycle import State
 from sessiond.live import Live
+from sessiond.modelidentity import differing_fields
 from sessiond.newsession import begin_session
 from sessiond.paging import format_page_token, page_length, parse_page_token
 from sessiond.policies import registry
 from sessiond.restoring import Restoration
-from sessiond.retelling import differing_fields
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed
 from sessiond.storage.records import RevisionRecord, SessionRecord
@@ -342,7 +342,7 @@ class Sessions:
         ours = self.desk.store.log.identity(self.desk.identity_id) or {}
         differing = differing_fields(theirs, ours) or ["identity_id"]
         raise IdentityMismatch(
-            f"session {record.session_id} belongs to another model; {', '.join(differing)} differ; fork it with recompute",
+            f"session {record.session_id} belongs to another model: {', '.join(differing)} differ; fork with recompute",
             field=",".join(differing),
         )
 

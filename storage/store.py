@@ -10,6 +10,7 @@ from sessiond.storage.blocks import BlockStore
 from sessiond.storage.catalog import Catalog, SessionKey
 from sessiond.storage.directory import DirectoryLock, read_or_create_format
 from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment
+from sessiond.storage.incoming import sweep
 from sessiond.storage.log import LogStore
 
 DEFAULT_LOG_MAP_BYTES = 64 << 30
@@ -65,6 +66,7 @@ class Store:
         opened: list[LogStore | BlockStore | Catalog] = []
         try:
             form = read_or_create_format(root, cell_tokens)
+            sweep(root)
             log = LogStore(Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes))
             opened.append(log)
             blocks = BlockStore(
