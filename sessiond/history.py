@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sessiond.branch import Ids, read_branch
+from sessiond.branch import Ids
 from sessiond.errors import RecordCorrupt, RevisionNotFound
 from sessiond.messages import decode_messages
 from sessiond.storage import keys
@@ -135,12 +135,12 @@ def _read(log: LogStore, record: RevisionRecord, index: dict[str, int]) -> Told:
 def _still_readable(log: LogStore, session: SessionRecord, error: RecordCorrupt) -> RecordCorrupt:
     """The error, with the longest branch of the session that it leaves readable."""
     best, n_best = "", 0
+    known: dict[str, bool] = {}
     for revision_id in _candidates(log, session):
         with contextlib.suppress(RecordCorrupt, RevisionNotFound):
-            _, ids = read_branch(log, session.tenant, revision_id)
-            log.messages(session.tenant, revision_id)
-            if len(ids) >= n_best:
-                best, n_best = revision_id, len(ids)
+            chain = log.chain(session.tenant, revision_id)
+            if all(_is_readable(log, record, known) for record in chain) and chain[-1].log_end >= n_best:
+                best, n_best = revision_id, chain[-1].log_end
     told = f"{n_best} tokens up to revision {best} can still be read" if best else "nothing of it can be read"
     return RecordCorrupt(
         f"{error.message}; {told}",
@@ -148,6 +148,17 @@ def _still_readable(log: LogStore, session: SessionRecord, error: RecordCorrupt)
         readable_revision_id=best,
         readable_tokens=n_best,
     )
+
+
+def _is_readable(log: LogStore, record: RevisionRecord, known: dict[str, bool]) -> bool:
+    if record.revision_id not in known:
+        try:
+            log.tokens(record.tenant, record.revision_id, record.log_end - record.log_start)
+            log.messages(record.tenant, record.revision_id)
+            known[record.revision_id] = True
+        except RecordCorrupt:
+            known[record.revision_id] = False
+    return known[record.revision_id]
 
 
 def _candidates(log: LogStore, session: SessionRecord) -> Iterable[str]:

@@ -61,7 +61,7 @@ LAYERS: list[list[str]] = [
     ["cache"],
     ["diskuse", "erasure"],
     ["references"],
-    ["branch", "tree"],
+    ["branch", "tree", "foreignsessions"],
     ["storage.*"],
     ["policies.*"],
     ["kernels.*"],

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import struct
 from collections.abc import Iterator
 from typing import Any
 
 import grpc
+import numpy as np
+from blake3 import blake3
 from e2e_daemon import PATIENCE, Peer
+from safetensors import deserialize
+from xxhash import xxh3_128
 
 from sessiond.clients.archive import ArchiveReader
 from sessiond.clients.errors import from_rpc_error
+from sessiond.v1 import archive_pb2
 from sessiond.v1 import sessions_pb2 as pb
 
 
@@ -48,3 +54,52 @@ async def send(peer: Peer, messages: Any) -> pb.ImportSessionResponse:
 
 async def import_(peer: Peer, archive: bytes, **header: Any) -> pb.ImportSessionResponse:
     return await send(peer, parts(archive, **header))
+
+
+_HEAD, _FRAME = struct.Struct("<8sIIQ"), struct.Struct("<IIQ")
+
+Blocks = list[tuple[archive_pb2.ArchiveBlock, bytes]]
+
+
+def take_apart(archive: bytes) -> tuple[archive_pb2.ArchiveManifest, Blocks]:
+    """Manifest, and each block's header and safetensors file."""
+    length = _HEAD.unpack_from(archive)[3]
+    at = _HEAD.size + length
+    manifest = archive_pb2.ArchiveManifest.FromString(archive[_HEAD.size : at])
+    blocks: Blocks = []
+    while (n_header := _FRAME.unpack_from(archive, at)[0]) != 0:
+        n_blob = _FRAME.unpack_from(archive, at)[2]
+        at += _FRAME.size
+        header = archive_pb2.ArchiveBlock.FromString(archive[at : at + n_header])
+        blocks.append((header, archive[at + n_header : at + n_header + n_blob]))
+        at += n_header + n_blob
+    assert at + _FRAME.size + 32 == len(archive)
+    return manifest, blocks
+
+
+def put_together(manifest: archive_pb2.ArchiveManifest, blocks: Blocks) -> bytes:
+    """The archive of these parts, with a hash that fits."""
+    raw = manifest.SerializeToString(deterministic=True)
+    out = _HEAD.pack(b"SnsdArch", 1, 0, len(raw)) + raw
+    for header, blob in blocks:
+        head = header.SerializeToString(deterministic=True)
+        out += _FRAME.pack(len(head), 0, len(blob)) + head + blob
+    return hashed(out + bytes(_FRAME.size))
+
+
+def hashed(content: bytes) -> bytes:
+    return content + blake3(content).digest()
+
+
+def arrays(blob: bytes) -> dict[str, np.ndarray[Any, Any]]:
+    """A block's tensors, read by the safetensors library."""
+    return {name: np.frombuffer(entry["data"], np.uint32).reshape(entry["shape"]) for name, entry in deserialize(blob)}
+
+
+def with_other_kv(header: archive_pb2.ArchiveBlock, blob: bytes) -> tuple[archive_pb2.ArchiveBlock, bytes]:
+    """The block with the bits of every number turned, and a digest that fits: KV that no model made of the tokens."""
+    n_header = 8 + int.from_bytes(blob[:8], "little")
+    turned = np.frombuffer(blob[n_header:], "<f4") * np.float32(-3.0)
+    blob = blob[:n_header] + turned.tobytes()
+    header.kv_digest = xxh3_128(turned.tobytes()).hexdigest()
+    return header, blob

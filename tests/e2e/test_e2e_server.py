@@ -38,8 +38,6 @@ class TestWhatALaterVersionWillServe:
         ("service", "method", "request_"),
         [
             ("sessions", "ExplainTurn", pb.ExplainTurnRequest(session_id="x")),
-            ("sessions", "ExportSession", pb.ExportSessionRequest(session_id="x")),
-            ("sessions", "ImportSession", iter([pb.ImportSessionRequest()])),
             ("admin", "WatchStats", admin_pb2.WatchStatsRequest()),
             ("admin", "VerifyStore", admin_pb2.VerifyStoreRequest()),
             ("admin", "CompactStore", admin_pb2.CompactStoreRequest()),
