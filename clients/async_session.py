@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Unpack
 
 from sessiond.clients import requests
@@ -139,8 +139,12 @@ class AsyncSession:
         *,
         all_revisions: bool = False,
         tokens_only: bool = False,
+        on_header: Callable[[sessions_pb2.ArchiveHeader], None] | None = None,
     ) -> AsyncIterator[bytes]:
-        """An archive's bytes, in pieces. Raises DataLossError at the end if any are damaged or missing."""
+        """An archive's bytes, in pieces. Raises DataLossError at the end if any are damaged or missing.
+
+        `on_header` is told first what comes: how many tokens, how many of them with state, about how many bytes.
+        """
         request = sessions_pb2.ExportSessionRequest(
             session_id=self.id,
             revision_id=requests.revision_id(revision),
@@ -151,6 +155,8 @@ class AsyncSession:
         reader = ArchiveReader()
         async for message in self._client._stream(call):
             chunk = reader.receive(message)
+            if on_header and message.HasField("header"):
+                on_header(message.header)
             if chunk:
                 yield chunk
         reader.end_of_stream()

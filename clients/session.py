@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Unpack
 
 from sessiond.clients import requests
@@ -137,8 +137,12 @@ class Session:
         *,
         all_revisions: bool = False,
         tokens_only: bool = False,
+        on_header: Callable[[sessions_pb2.ArchiveHeader], None] | None = None,
     ) -> Iterator[bytes]:
-        """An archive's bytes, in pieces. Raises DataLossError at the end if any are damaged or missing."""
+        """An archive's bytes, in pieces. Raises DataLossError at the end if any are damaged or missing.
+
+        `on_header` is told first what comes: how many tokens, how many of them with state, about how many bytes.
+        """
         request = sessions_pb2.ExportSessionRequest(
             session_id=self.id,
             revision_id=requests.revision_id(revision),
@@ -149,6 +153,8 @@ class Session:
         reader = ArchiveReader()
         for message in self._client._stream(call):
             chunk = reader.receive(message)
+            if on_header and message.HasField("header"):
+                on_header(message.header)
             if chunk:
                 yield chunk
         reader.end_of_stream()

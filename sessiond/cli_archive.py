@@ -15,6 +15,7 @@ import typer
 from sessiond.cli_output import AsJson, connected, enum_name, err, fail, out, plain, print_json, progress_bar
 from sessiond.cli_sessions import Labels, Revision, SessionId, parse_labels
 from sessiond.clients import Client
+from sessiond.v1 import sessions_pb2
 
 
 @connected
@@ -27,7 +28,10 @@ def export(
     tokens_only: Annotated[bool, typer.Option(help="Leave key/value state out; it is computed again.")] = False,
 ) -> None:
     """Write a session to an archive."""
-    pieces = client.session(session_id).export(revision, all_revisions=all_revisions, tokens_only=tokens_only)
+    header = sessions_pb2.ArchiveHeader()
+    pieces = client.session(session_id).export(
+        revision, all_revisions=all_revisions, tokens_only=tokens_only, on_header=header.CopyFrom
+    )
     if str(output) == "-":
         for piece in pieces:
             sys.stdout.buffer.write(piece)
@@ -38,8 +42,9 @@ def export(
         for piece in pieces:
             file.write(piece)
             done += len(piece)
-            progress("exporting", done, 0)
-    err.print(f"wrote {output}, {done} bytes", markup=False)
+            progress("exporting", min(done, header.estimated_bytes), header.estimated_bytes)
+    held = f"{header.n_tokens} tokens, {header.tokens_with_kv} with state"
+    err.print(f"wrote {output}: {held}, {done} bytes", markup=False)
 
 
 @connected
