@@ -5,10 +5,11 @@ It never becomes a cell here: cells are shared, and only computing binds KV to t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 from google.protobuf.message import DecodeError
 from xxhash import xxh3_128
 
@@ -16,7 +17,7 @@ from sessiond.history import History
 from sessiond.references import cell_refs
 from sessiond.segments import parent_segment, segment_ends
 from sessiond.storage.archive import ArchiveReader, Block, corrupt, malformed
-from sessiond.storage.kv import SPAN_TOKENS, KVOwner, encode_kv, kv_digest
+from sessiond.storage.kv import SPAN_TOKENS, KVOwner, LayerArrays, encode_kv, kv_digest
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import RevisionRecord, TailRef
 from sessiond.storage.tensors import decode_tensors, tensor_bytes
@@ -148,10 +149,8 @@ class TailWriter:
         self.written.append(owner)
         raw = coded = 0
         durable: Future[None] | None = None
-        for piece in pieces:
-            blob = self.reader.file.read_at(piece.block.offset, piece.block.length)
-            arrays = decode_tensors(blob, tiers.shape, piece.n)
-            encoded = encode_kv(owner, piece.start, arrays, codec=tiers.codec, part_of_more=True)
+        for start, arrays in self._runs(pieces):
+            encoded = encode_kv(owner, start, arrays, codec=tiers.codec, part_of_more=True)
             if durable is not None:  # one block is coded while another is written, no more
                 durable.result()
             durable = tiers.store.blocks.write(encoded.records)
@@ -175,6 +174,26 @@ class TailWriter:
             generation=1,
             extra=extra,
         )
+
+    def _runs(self, pieces: list[Piece]) -> Iterator[tuple[int, LayerArrays]]:
+        """The pieces as a tail is cut: runs of SPAN_TOKENS from its start, the last one shorter."""
+        start = pieces[0].start
+        held: LayerArrays = []
+        for piece in pieces:
+            blob = self.reader.file.read_at(piece.block.offset, piece.block.length)
+            arrays: LayerArrays = decode_tensors(blob, self.tiers.shape, piece.n)
+            if held:
+                arrays = [
+                    (np.concatenate([k0, k1], 1), np.concatenate([v0, v1], 1))
+                    for (k0, v0), (k1, v1) in zip(held, arrays, strict=True)
+                ]
+            if arrays[0][0].shape[1] >= SPAN_TOKENS:
+                yield start, [(k[:, :SPAN_TOKENS], v[:, :SPAN_TOKENS]) for k, v in arrays]
+                start += SPAN_TOKENS
+                arrays = [(k[:, SPAN_TOKENS:], v[:, SPAN_TOKENS:]) for k, v in arrays]
+            held = arrays if arrays[0][0].shape[1] else []
+        if held:
+            yield start, held
 
     def _digest(self, pieces: Iterable[Piece]) -> str:
         """`kv_digest` of all pieces as one span, without holding it: heads are contiguous in each block."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from e2e_archive import export, import_, put_together, take_apart, with_other_kv
 from e2e_daemon import Daemons, Gate, Peer, peer_of, recorded, refused
+from e2e_model import write_chat_model
 from grpc import StatusCode
 from test_e2e_branches import rollback
 from typer.testing import CliRunner
@@ -203,6 +205,31 @@ class TestAnImportedSession:
             there = await other.turn(imported, "Go on", max_tokens=LONG)
         assert (there.ids, there.restored.tokens_recomputed) == (here.ids, 0)
 
+    async def test_appears_whole_or_not_at_all(self, peer: Peer, other: Peer, away: Daemon, daemons, tmp_path):
+        """A death before the one transaction leaves KV that nobody refers to, and no session."""
+        archive, _ = await export(peer, await talked(peer))
+        store, write = away.desk.store, away.desk.store.log.write
+        copies: list[Path] = []
+
+        def dying(batch: Any) -> Any:
+            for when in ("before", "after"):
+                copies.append(Path(shutil.copytree(store.root, tmp_path / when)))
+                if when == "before":
+                    done = write(batch)
+                    done.result()
+            return done
+
+        store.log.write = dying
+        imported = (await import_(other, archive)).session.session_id
+        del store.log.write
+        for copy, sessions in zip(copies, (0, 1), strict=True):
+            daemon = await daemons.start(data_dir=copy)
+            log = daemon.desk.store.log
+            assert [record.session_id for record in log.sessions()] == [imported] * sessions
+            assert daemon.desk.store.blocks.stat().entries > 0
+            assert len(log.ids("default", keys.TAIL_REF)) == len(log.ids("default", keys.REVISION)) // 3 == sessions
+            await daemons.stop(daemon)
+
     async def test_leaves_nothing_when_it_is_purged(self, peer: Peer, other: Peer, away: Daemon):
         done = await import_(other, (await export(peer, await talked(peer)))[0])
         await other.delete(done.session.session_id, purge_now=True)
@@ -229,6 +256,26 @@ async def new_names(peer: Peer, session: str, other: Peer, imported: str) -> dic
     """What each revision is called after the import."""
     pairs = zip(await peer.revisions(session), await other.revisions(imported), strict=True)
     return {ours.revision_id: theirs.revision_id for ours, theirs in pairs}
+
+
+class TestABfloat16Model:
+    """KV in exponent planes, through the compiled kernels where there are any."""
+
+    @pytest.fixture
+    def settings(self, settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+        return {**settings, "model": str(write_chat_model(tmp_path / "bf16", for_kernels=True))}
+
+    async def test_goes_on_exactly_as_at_home(self, peer: Peer, daemon: Daemon, other: Peer, away: Daemon):
+        session = await talked(peer)
+        archive, header = await export(peer, session)
+        imported = (await import_(other, archive)).session.session_id
+        await other.call(other.sessions.WarmSession, pb.WarmSessionRequest(session_id=imported))
+        assert kv(away, imported) == kv(daemon, session)
+        here = await peer.turn(session, DOCUMENT, max_tokens=LONG)
+        there = await other.turn(imported, DOCUMENT, max_tokens=LONG)
+        assert there.ids == here.ids
+        assert there.accepted.prompt_tokens_new == here.accepted.prompt_tokens_new
+        assert header.tokens_with_kv > 2 * CELL
 
 
 class TestATree:
@@ -264,6 +311,25 @@ class TestATree:
         assert there.ids == here.ids
         assert there.restored.tokens_recomputed <= 1, "the last token of an answer was never fed"
         assert there.accepted.prompt_tokens_new <= here.accepted.prompt_tokens_new + 1
+
+    async def test_moves_on_whole_before_anything_of_it_was_sealed(self, peer: Peer, other: Peer, daemons, tmp_path):
+        """A fork lies across a cell, so its blocks are of odd lengths: stored, they are runs like any other."""
+        session = await talked(peer, TEXT, "Left", "More")
+        fork_point = (await peer.revisions(session))[1].revision_id
+        await rollback(peer, session, fork_point)
+        await peer.turn(session, DOCUMENT, max_tokens=20)
+        await peer.settled(session)
+        archive, _ = await export(peer, session, all_revisions=True)
+        first = (await import_(other, archive)).session.session_id
+        second, header = await export(other, first, all_revisions=True)
+        one, two = take_apart(archive)[1], take_apart(second)[1]
+        assert sum(block.n_tokens for block, _ in two) == sum(block.n_tokens for block, _ in one)
+        assert header.tokens_with_kv == (await peer.get(session)).token_count - 1
+        third = await daemons.start(data_dir=tmp_path / "third")
+        async with peer_of(third.port) as last:
+            there = await last.turn((await import_(last, second)).session.session_id, "Go on", max_tokens=LONG)
+        here = await peer.turn(session, "Go on", max_tokens=LONG)
+        assert (there.ids, there.restored.tokens_recomputed) == (here.ids, 0)
 
     async def test_gives_up_only_the_branch_that_is_asked_for(self, peer: Peer, other: Peer):
         session = await talked(peer, TEXT, "Left", "More")

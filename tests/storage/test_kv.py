@@ -57,6 +57,20 @@ def test_sources_and_destinations_may_have_any_strides(blocks):
         assert (v_store[:, :, 163:] == 9).all()
 
 
+def test_a_tail_may_be_coded_in_several_calls(blocks):
+    """A short last run would fit more layers into a record than the others: readers expect the same everywhere."""
+    arrays = kv_arrays(n=2 * 128 + 20, n_layers=12, D=128, dtype=np.uint32)
+    for start in (0, 128, 256):
+        cut = [(k[:, start : start + 128], v[:, start : start + 128]) for k, v in arrays]
+        store(blocks, TAIL, start, cut, part_of_more=True)
+    buffers, out = destinations(n=276, n_layers=12, D=128, dtype=np.uint32)
+    blocks.read_into(TAIL, 0, 276, 12, out)
+    assert_kv_equal(buffers, arrays)
+    assert blocks.shape(TAIL, 256) == (12, 2, 128, 4)
+    with pytest.raises(errors.RecordCorrupt):
+        blocks.shape(TAIL, 1)
+
+
 def test_layers_of_different_shapes_get_their_own_records(blocks):
     arrays = kv_arrays(2) + kv_arrays(1, G=4, D=8) + kv_arrays(1)
     encoded = store(blocks, arrays=arrays)
