@@ -10,6 +10,7 @@ from sessiond.storage.blocks import BlockStore
 from sessiond.storage.catalog import Catalog, SessionKey
 from sessiond.storage.directory import DirectoryLock, read_or_create_format
 from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment
+from sessiond.storage.inflight import InFlight
 from sessiond.storage.log import LogStore
 
 DEFAULT_LOG_MAP_BYTES = 64 << 30
@@ -20,7 +21,8 @@ class Store:
     """An open data directory; owns its lock, two LMDB environments and the catalog.
 
     `lost` lists sessions that the catalog knows and the log does not, `damaged` the session records that
-    do not verify: both found when opening, for the caller to report as DATA_LOSS.
+    do not verify: both found when opening, for the caller to report as DATA_LOSS. `inflight` names what is written
+    and not yet referred to.
     """
 
     def __init__(
@@ -31,12 +33,15 @@ class Store:
         blocks: BlockStore,
         catalog: Catalog,
         cell_tokens: int,
+        reserve_bytes: int = 0,
     ) -> None:
         self.root = root
         self.log = log
         self.blocks = blocks
         self.catalog = catalog
         self.cell_tokens = cell_tokens
+        self.reserve_bytes = reserve_bytes
+        self.inflight = InFlight()
         self.lost: list[SessionKey] = []
         self.damaged: list[errors.RecordCorrupt] = []
         self._lock = lock
@@ -56,7 +61,8 @@ class Store:
 
         `cell_tokens` counts only when the directory is made; afterwards FORMAT decides. Map sizes are
         address space, not disk: sparse and fixed; lower them where the address space is limited.
-        Writes are refused (DiskFull) while less than `reserve_bytes` of disk are free.
+        While less than `reserve_bytes` of disk are free, KV is not written and `require_space` raises; the log takes
+        what was begun before down to half of that, then deletions only.
         Raises DataDirectoryBusy, DataDirectoryReadOnly, FormatTooNew, DiskFull, DependencyMissing,
         InvalidConfig, RecordCorrupt; then nothing stays open.
         """
@@ -65,7 +71,7 @@ class Store:
         opened: list[LogStore | BlockStore | Catalog] = []
         try:
             form = read_or_create_format(root, cell_tokens)
-            log = LogStore(Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes))
+            log = LogStore(Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes // 2))
             opened.append(log)
             blocks = BlockStore(
                 Environment(str(root / "blocks"), map_bytes=block_map_bytes, reserve_bytes=reserve_bytes)
@@ -73,7 +79,7 @@ class Store:
             opened.append(blocks)
             catalog = Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)
             opened.append(catalog)
-            store = cls(root, lock, log, blocks, catalog, form.cell_tokens)
+            store = cls(root, lock, log, blocks, catalog, form.cell_tokens, reserve_bytes)
             store.lost = catalog.reconcile(log, store.damaged.append)
         except BaseException:
             for part in reversed(opened):
@@ -86,6 +92,21 @@ class Store:
         """Free bytes on the data directory's file system."""
         fs = os.statvfs(self.root)
         return fs.f_bavail * fs.f_frsize
+
+    def require_space(self) -> None:
+        """Raises DiskFull below the reserve: nothing new is begun then."""
+        if (free := self.free_bytes()) < self.reserve_bytes:
+            raise errors.DiskFull(
+                f"{free} bytes of disk are free, fewer than the reserve of {self.reserve_bytes}",
+                retry_after=10.0,
+                free_bytes=free,
+                reserve_bytes=self.reserve_bytes,
+            )
+
+    @property
+    def read_only(self) -> bool:
+        """True after a failed commit or fsync: no more writes until a restart."""
+        return self.log.environment.read_only or self.blocks.environment.read_only
 
     def close(self) -> None:
         """Write what is queued, close everything, release the lock. Idempotent."""
