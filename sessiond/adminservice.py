@@ -42,7 +42,7 @@ class AdminService(AdminServicer):
         state = admin.SERVER_STATE_DRAINING if self.sessions.draining else admin.SERVER_STATE_SERVING
         return admin.GetServerInfoResponse(
             version=version("sessiond"),
-            capabilities=["sealing", "resume", "revisions"],
+            capabilities=["sealing", "resume", "revisions", "branches", "shared_prefixes"],
             model=self.sessions.model_name,
             identity=types.ModelIdentity(identity_id=desk.identity_id, fields=self.identity),
             numerics_profile=admin.NumericsProfile(fields=self.profile),

@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from sessiond import wirein, wireout
+from sessiond import branching, wirein, wireout
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.errors import BadRequest, NotImplementedYet, SessiondError
@@ -133,10 +133,11 @@ class SessionsService(SessionsServicer):
         return pb.CountTokensResponse(tokens=tokens, session_tokens=held, max_context_tokens=limit)
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> types.Session:
-        raise NotImplementedYet("ForkSession is not served by this version")
+        return wireout.session(await branching.fork(self.sessions, self.tenant(context), wirein.fork(request)))
 
     async def RollbackSession(self, request: pb.RollbackSessionRequest, context: Context) -> types.Session:
-        raise NotImplementedYet("RollbackSession is not served by this version")
+        view = await branching.rollback(self.sessions, self.tenant(context), wirein.rollback(request))
+        return wireout.session(view)
 
     async def ExplainTurn(self, request: pb.ExplainTurnRequest, context: Context) -> pb.ExplainTurnResponse:
         raise NotImplementedYet("ExplainTurn is not served by this version")
