@@ -23,7 +23,11 @@ class Kind:
     timeout_s: float = 900.0
 
 
-KINDS: tuple[Kind, ...] = (Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),)
+KINDS: tuple[Kind, ...] = (
+    Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),
+    Kind("store_disk_full", "store_disk_full", slice=6, ci=50, release=500, chunk=25),
+    Kind("store_io_error", "store_io_error", slice=40, ci=600, release=6_000, chunk=100),
+)
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 COLUMNS = ("slice", "ci", "release")

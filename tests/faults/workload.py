@@ -24,13 +24,14 @@ from script import (
 )
 
 from sessiond import errors
-from sessiond.storage import keys
+from sessiond.storage import envelope, keys
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.codec import ExponentPlanes
 from sessiond.storage.kv import KVOwner, encode_kv, kv_digest
 from sessiond.storage.records import CellRef, RequestRecord, RevisionRecord, SessionRecord, TailRef
 from sessiond.storage.rows import QuotaRow, SessionRow
 from sessiond.storage.store import Store
+from sessiond.types import Part
 
 CODEC = ExponentPlanes()
 
@@ -42,6 +43,7 @@ class Workload:
         self.store = store
         self.oracle = oracle
         self.script = Script(seed)
+        self._n_bulk = 0
 
     def run(self, n_sessions: int) -> None:
         numbers = [int(name[1:]) for name in self.store.log.ids(TENANT, keys.SESSION)]
@@ -193,6 +195,24 @@ class Workload:
             self.store.blocks.delete(KVOwner(TENANT, "cell", name)).result()
         for revision in revisions:
             self.store.blocks.delete_tails(TENANT, revision.revision_id).result()
+
+    def bulk(self) -> None:
+        """A record of 200 KB in `blocks`, as KV that no reference names yet."""
+        name = b"bulk%d" % self._n_bulk
+        self._n_bulk += 1
+        key = keys.kv_key(KVOwner(TENANT, "cell", name).prefix, 0, Part.K, 0)
+        self.store.blocks.write([(key, envelope.pack(key, {}, bytes(200_000)))]).result()
+
+    def delete_bulk(self) -> None:
+        while self._n_bulk:
+            self.store.blocks.delete(KVOwner(TENANT, "cell", b"bulk%d" % (self._n_bulk - 1))).result()
+            self._n_bulk -= 1
+
+    def purge_oldest(self) -> None:
+        """Purge a session before its time; the newest one stays."""
+        present = sorted(int(name[1:]) for name in self.store.log.ids(TENANT, keys.SESSION))
+        if len(present) > 1:
+            self._purge(present[0])
 
     def _session(self, session: int) -> SessionRecord:
         return self.store.log.session(TENANT, session_id(session))
