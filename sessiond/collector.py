@@ -36,6 +36,7 @@ class _Candidates:
     revisions: list[str] = field(default_factory=list)
     parts: set[str] = field(default_factory=set)  # revision ids that messages, tokens or tail references are kept under
     indexed: list[tuple[str, str]] = field(default_factory=list)  # (session, revision)
+    pins: list[tuple[str, str]] = field(default_factory=list)  # (revision, session)
     requests: set[str] = field(default_factory=set)  # their sessions
 
 
@@ -71,6 +72,9 @@ def _candidates(log: LogStore, tenant: str, pause: Pause) -> _Candidates:
             elif kind == keys.REVISION_INDEX:
                 session_id, revision_id = keys.split_strings(rest)
                 found.indexed.append((session_id, revision_id))
+            elif kind == keys.PIN:
+                revision_id, session_id = keys.split_strings(rest)
+                found.pins.append((revision_id, session_id))
             elif kind == keys.REQUEST:
                 found.requests.add(keys.split_strings(rest)[0])
         pause()
@@ -138,20 +142,32 @@ def _revisions(
 def _without_session(
     store: Store, tenant: str, listed: _Candidates, needed: Reachable, seen: set[bytes], *, erase: bool
 ) -> Iterator[Finding]:
-    """Index entries and requests of sessions that are not there."""
+    """Index entries, pins and requests of sessions that are not there.
+
+    A purged session's index stays as long as forks of it need what it names.
+    """
     log = store.log
     batch, found = LogBatch(), []
+
+    def told(kind: int, *ids: str, what: str, session_id: str) -> None:
+        key = keys.record_key(tenant, kind, *ids)
+        found.append(_notice(tenant, key, f"{what} a session that is not there", session_id, erase=erase))
+
     for session_id, revision_id in listed.indexed:
-        key = keys.record_key(tenant, keys.REVISION_INDEX, session_id, revision_id)
-        used = session_id in needed.sessions or keys.record_key(tenant, keys.REVISION, revision_id) in seen
-        if not used and revision_id in log.ids(tenant, keys.REVISION_INDEX, session_id):
-            found.append(_notice(tenant, key, "the index of a session that is not there", session_id, erase=erase))
+        needs = session_id in needed.sessions or revision_id in needed.revisions
+        used = keys.record_key(tenant, keys.REVISION, revision_id) in seen or _has_parts(log, tenant, revision_id)
+        if not (needs or used) and revision_id in log.ids(tenant, keys.REVISION_INDEX, session_id):
+            told(keys.REVISION_INDEX, session_id, revision_id, what="the index of", session_id=session_id)
             batch.delete_index(tenant, session_id, revision_id)
+    for revision_id, session_id in listed.pins:
+        used = session_id in needed.sessions or keys.record_key(tenant, keys.SESSION, session_id) in seen
+        if not used and session_id in log.pins(tenant, revision_id):
+            told(keys.PIN, revision_id, session_id, what="a pin for", session_id=session_id)
+            batch.unpin_revision(tenant, revision_id, session_id)
     for session_id in sorted(listed.requests - needed.sessions):
         used = keys.record_key(tenant, keys.SESSION, session_id) in seen
         if not used and log.ids(tenant, keys.REQUEST, session_id):
-            key = keys.record_key(tenant, keys.REQUEST, session_id)
-            found.append(_notice(tenant, key, "requests of a session that is not there", session_id, erase=erase))
+            told(keys.REQUEST, session_id, what="requests of", session_id=session_id)
             batch.delete_requests(tenant, session_id)
     if erase and batch.ops:
         log.write(batch).result()

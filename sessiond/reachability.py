@@ -1,8 +1,8 @@
 """What sessions lead to: revisions, tokens and sealed cells that somebody may still ask for.
 
-A session leads to its head, its root and every revision it made (those it rolled back behind too), to all their
-ancestors, to its open request's turn, and to the cells of every branch through these, under its own identity. Deleted
-sessions count until they are purged. What cannot be read keeps everything it might lead to.
+A session leads to its head, its root, the revision it was forked at and every revision it made (those it rolled back
+behind too), to all their ancestors, to its open request's turn, and to the cells of every branch through these, under
+its own identity. Deleted sessions count until they are purged. What cannot be read keeps everything it might lead to.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def reachable_from(store: Store, tenant: str, session_id: str) -> Reachable:
         pass  # lost, or purged meanwhile: what its index names is all that is left of it
     else:
         roots |= {record.head_revision, record.root_revision}
+        if fork_point := record.extra.get("fork_point"):
+            roots.add(str(fork_point))
         identity = record.identity_id
         open_id = record.extra.get("open_request")
         if open_id and open_id not in log.ids(tenant, keys.REQUEST, session_id):

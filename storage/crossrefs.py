@@ -13,7 +13,7 @@ from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecor
 from sessiond.storage.scan import Checked, check_log_record
 from sessiond.types import Span
 
-_REBUILT = (keys.REVISION_INDEX, keys.CELL_REF, keys.TAIL_REF)
+_REBUILT = (keys.REVISION_INDEX, keys.PIN, keys.CELL_REF, keys.TAIL_REF)
 
 
 def check_key(env: Environment, key: bytes) -> list[Finding]:
@@ -53,7 +53,10 @@ def _damaged(txn: ReadTxn, checked: Checked) -> Finding:
 
 
 def _of_session(txn: ReadTxn, record: SessionRecord) -> Iterator[Finding]:
-    for what, revision_id in (("head", record.head_revision), ("root", record.root_revision)):
+    named = [("head", record.head_revision), ("root", record.root_revision)]
+    if fork_point := record.extra.get("fork_point"):
+        named.append(("fork point", str(fork_point)))
+    for what, revision_id in named:
         key = keys.record_key(record.tenant, keys.REVISION, revision_id)
         if txn.get(key) is None:
             yield _lost(record.tenant, key, f"the {what} of the session is missing", record.session_id)
@@ -198,6 +201,8 @@ def _strings(key: bytes) -> list[str]:
 
 def _session_in_key(key: bytes) -> str:
     """The session that a key names, if it is of a kind that does."""
+    if _kind(key) == keys.PIN:
+        return "".join(_strings(key)[1:])
     if _kind(key) not in (keys.SESSION, keys.REQUEST, keys.REVISION_INDEX):
         return ""
     return next(iter(_strings(key)), "")

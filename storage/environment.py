@@ -17,6 +17,7 @@ import lmdb
 
 from sessiond import errors
 from sessiond.storage import space
+from sessiond.storage.compaction import FolderNotSyncedError, compact_file
 from sessiond.storage.failures import from_lmdb, may_be_out_of_space
 from sessiond.storage.mapfile import MapFile
 from sessiond.storage.mapfile import ReadTxn as ReadTxn
@@ -53,6 +54,14 @@ class _Batch:
     done: Future[None]
 
 
+@dataclass(slots=True)
+class _Task:
+    """Something the writer does to the file as a whole, between two transactions."""
+
+    run: Callable[[], None]
+    done: Future[None]
+
+
 class Environment:
     """An open environment in the folder `path`.
 
@@ -66,7 +75,7 @@ class Environment:
         self._path = path
         self._reserve_bytes = reserve_bytes
         self._map = MapFile(path, map_bytes)
-        self._queue: queue.Queue[_Batch | None] = queue.Queue(QUEUED_BATCHES)
+        self._queue: queue.Queue[_Batch | _Task | None] = queue.Queue(QUEUED_BATCHES)
         self._submit_lock = threading.Lock()
         self._closed = False
         self._failed: BaseException | None = None
@@ -94,6 +103,19 @@ class Environment:
             if self._closed:
                 raise errors.Draining("the store is closed")
             self._queue.put(_Batch(ops, n_bytes, frees, done))
+        return done
+
+    def compact(self) -> Future[None]:
+        """Queue a copy without free pages, which takes the file's place (compaction.py); what is written next waits.
+
+        The future fails with DiskFull if there is no room for it, StoreReadOnly. Raises Draining after close().
+        """
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        with self._submit_lock:
+            if self._closed:
+                raise errors.Draining("the store is closed")
+            self._queue.put(_Task(lambda: compact_file(self._map, self._reserve_bytes), done))
         return done
 
     def close(self) -> None:
@@ -130,13 +152,16 @@ class Environment:
         return self._failed is not None
 
     def _run(self) -> None:
-        carried: _Batch | None = None
+        carried: _Batch | _Task | None = None
         stopping = False
         while carried is not None or not stopping:
             first = carried if carried is not None else self._queue.get()
             carried = None
             if first is None:
                 return
+            if isinstance(first, _Task):
+                self._perform(first)
+                continue
             group, size = [first], first.n_bytes
             while not stopping:
                 try:
@@ -145,7 +170,7 @@ class Environment:
                     break
                 if more is None:
                     stopping = True
-                elif size + more.n_bytes > MAX_TXN_BYTES:
+                elif isinstance(more, _Task) or size + more.n_bytes > MAX_TXN_BYTES:
                     carried = more
                     break
                 else:
@@ -155,6 +180,19 @@ class Environment:
                 self._commit(group)
             except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
                 self._fail([batch for batch in group if not batch.done.done()], exc)
+
+    def _perform(self, task: _Task) -> None:
+        try:
+            if self._failed is not None:
+                raise errors.StoreReadOnly(f"an earlier write failed ({self._failed}); restart the daemon")
+            task.run()
+        except FolderNotSyncedError as exc:
+            self._failed = exc  # which of the two files is there after a power loss is not known: write to neither
+            task.done.set_exception(errors.StoreReadOnly(f"compacting failed: {exc}; the store is read-only"))
+        except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
+            task.done.set_exception(exc)
+        else:
+            task.done.set_result(None)
 
     def _commit(self, group: list[_Batch]) -> None:
         if self._failed is not None:

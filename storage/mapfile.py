@@ -19,6 +19,7 @@ from sessiond.storage.failures import from_lmdb, from_os
 
 LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
 MAX_READERS = 1024
+COMPACT_NAME = "compact.mdb"  # a copy being made (compaction.py); one that is found at open was not finished
 REOPEN_SECONDS = 10.0  # how long readers may take to leave
 _LOCK_FILE_BYTES = (MAX_READERS + 64) * 64  # a slot is a cache line; the header takes some more
 
@@ -43,6 +44,8 @@ class MapFile:
             os.makedirs(path, mode=0o700, exist_ok=True)  # lmdb.open would give the folder the file's mode
             if not os.path.exists(os.path.join(path, "data.mdb")):
                 self._create()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(path, COMPACT_NAME))
             self._allocate_lock_file()
         except OSError as exc:
             raise from_os(exc, f"cannot make {os.path.basename(path)}") from exc
@@ -57,8 +60,8 @@ class MapFile:
             except lmdb.Error as exc:
                 raise from_lmdb(exc, "read failed") from exc
 
-    def reopen(self) -> None:
-        """Close and open the file again; readers wait outside.
+    def reopen(self, replace: Callable[[], None] | None = None) -> None:
+        """Close and open the file again; readers wait outside. `replace` is called while nobody has it open.
 
         Raises DiskFull, and changes nothing, if those inside stay longer than REOPEN_SECONDS. Raises what opening
         does: then every read and write does, until a later reopen succeeds.
@@ -69,7 +72,11 @@ class MapFile:
                 if not self._gate.wait_for(lambda: self._readers == 0, REOPEN_SECONDS):
                     raise errors.DiskFull("a reader keeps the store from being opened again", retry_after=1.0)
                 self.env.close()
-                self.env = self._open()
+                try:
+                    if replace:
+                        replace()
+                finally:
+                    self.env = self._open()
             finally:
                 self._reopening = False
                 self._gate.notify_all()
