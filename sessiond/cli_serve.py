@@ -19,12 +19,13 @@ def _flag(help_: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help_.replace("[", r"\["), rich_help_panel=panel, show_default=False)
 
 
-_SERVED, _ACCESS, _COMPUTE, _MEMORY, _TURNS = (
+_SERVED, _ACCESS, _COMPUTE, _MEMORY, _TURNS, _CARE = (
     "What is served",
     "Who may connect",
     "Computing",
     "Memory",
     "Turns",
+    "Care of the store",
 )
 
 
@@ -54,6 +55,8 @@ def serve(
     settle_seconds: Annotated[float | None, _flag("Pause before state is sealed and written. [0.2]", _TURNS)] = None,
     sweep_seconds: Annotated[float | None, _flag("How often expiry is looked at. [5]", _TURNS)] = None,
     drain_seconds: Annotated[float | None, _flag("SIGTERM lets turns go on. [30]", _TURNS)] = None,
+    scrub_bytes_per_second: Annotated[float | None, _flag("Rate of checking again; 0: off. [4e6]", _CARE)] = None,
+    collect_seconds: Annotated[float | None, _flag("Erases unreferenced records; 0: off. [6 h]", _CARE)] = None,
 ) -> None:
     """Run the daemon until SIGTERM. Every flag is also an environment variable: SESSIOND_<FLAG>."""
     given = {name: value for name, value in locals().items() if value is not None}

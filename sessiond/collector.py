@@ -7,11 +7,12 @@ listed first, what sessions lead to is read afterwards, and what was begun in be
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sessiond.errors import RecordCorrupt, RevisionNotFound
+from sessiond.errors import Aborted, RecordCorrupt, RevisionNotFound
 from sessiond.reachability import Reachable, reachable
 from sessiond.references import delete_unreferenced, is_referenced
 from sessiond.storage import keys
@@ -118,14 +119,17 @@ def _revisions(
     parts = listed.parts - set(listed.revisions) - needed.revisions
     steps = [(keys.REVISION, one, "no session leads to this revision") for one in _children_first(log, tenant, whole)]
     steps += [(keys.TOKENS, one, "left by a turn that ended without a revision") for one in sorted(parts)]
+    pinned = {session_id for _, session_id in listed.pins}
     names = {keys.record_key(tenant, keys.REVISION, one): (kind, one, why) for kind, one, why in steps}
 
     def act(free: list[bytes]) -> None:
         batch = LogBatch()
         for name in free:
+            batch.expect_pins(tenant, names[name][1], pinned)
             batch.delete_revision(tenant, names[name][1])
-        gone.extend(names[name] for name in free)
-        store.log.write(batch).result()
+        with contextlib.suppress(Aborted):  # a fork came between: next time
+            store.log.write(batch).result()
+            gone.extend(names[name] for name in free)
 
     for chunk in _chunks(list(names)):
         gone: list[tuple[int, str, str]] = []

@@ -74,6 +74,14 @@ class Settings(BaseSettings):
         30.0, ge=0, allow_inf_nan=False, description="SIGTERM lets running turns go on for this."
     )
 
+    # The care of the store.
+    scrub_bytes_per_second: float = Field(
+        4e6, ge=0, allow_inf_nan=False, description="Stored records are checked again at this rate; 0: never."
+    )
+    collect_seconds: float = Field(
+        6 * 3600.0, ge=0, allow_inf_nan=False, description="How often unreferenced records are erased; 0: never."
+    )
+
     @field_validator("cell_tokens")
     @classmethod
     def _cell(cls, value: int) -> int:

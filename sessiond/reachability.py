@@ -86,6 +86,19 @@ def reachable_from(store: Store, tenant: str, session_id: str) -> Reachable:
     return found
 
 
+def branches(store: Store, tenant: str, session_id: str, identity_id: str) -> list[Ids]:
+    """Token ids of a session's branches, root to leaf, as far as they can be read; none of another identity."""
+    try:
+        record = store.log.session(tenant, session_id)
+    except (RecordCorrupt, SessionNotFound):
+        return []
+    if record.identity_id != identity_id:
+        return []
+    chains = _Chains(store.log, tenant, session_id, Reachable())
+    chains.close({record.head_revision, *store.log.ids(tenant, keys.REVISION_INDEX, session_id)})
+    return list(chains.branches())
+
+
 def _open_requests(log: LogStore, tenant: str, session_id: str, found: Reachable) -> list[RequestRecord]:
     out = []
     for request_id in log.ids(tenant, keys.REQUEST, session_id):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sessiond.collector import garbage
@@ -94,7 +94,7 @@ class Verification:
         self._told: set[tuple[str, bytes, str]] = set()
         self._last_progress = time.monotonic()
 
-    def run(self) -> Iterator[Finding | Progress]:
+    def run(self) -> Generator[Finding | Progress]:
         """Findings, each once, and progress about once a second."""
         whole = self.scope.sessions is None
         total = 0

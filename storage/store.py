@@ -93,9 +93,15 @@ class Store:
         fs = os.statvfs(self.root)
         return fs.f_bavail * fs.f_frsize
 
+    @property
+    def has_space(self) -> bool:
+        """Whether the reserve is whole."""
+        return self.free_bytes() >= self.reserve_bytes
+
     def require_space(self) -> None:
         """Raises DiskFull below the reserve: nothing new is begun then."""
-        if (free := self.free_bytes()) < self.reserve_bytes:
+        if not self.has_space:
+            free = self.free_bytes()
             raise errors.DiskFull(
                 f"{free} bytes of disk are free, fewer than the reserve of {self.reserve_bytes}",
                 retry_after=10.0,
