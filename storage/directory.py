@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -36,7 +37,7 @@ class DirectoryLock:
     def __init__(self, root: Path) -> None:
         """Creates `root` if needed. Raises DataDirectoryBusy or DataDirectoryReadOnly."""
         try:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_folder(root)
             self._fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as exc:
             raise from_os(exc, f"cannot use {root} as data directory") from exc
@@ -115,13 +116,35 @@ def _write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_folder(path.parent)
     except OSError as exc:
         raise from_os(exc, f"cannot write {path}") from exc
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make the names in `folder` durable. Raises OSError."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_names(root: Path) -> None:
+    """`sync_folder` with our errors: DiskFull or DataDirectoryReadOnly."""
+    try:
+        sync_folder(root)
+    except OSError as exc:
+        raise from_os(exc, f"cannot sync {root}") from exc
+
+
+def _make_folder(root: Path) -> None:
+    """Make `root` and what is missing above it. Its own name is synced always: a start that died may have made it."""
+    missing = [folder for folder in root.absolute().parents if not folder.exists()]
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a parent that we may not read: nothing of ours was made in it
+        for folder in (root.absolute().parent, *(folder.parent for folder in missing)):
+            sync_folder(folder)
 
 
 def _version() -> str:

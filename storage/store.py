@@ -8,7 +8,7 @@ from pathlib import Path
 from sessiond import errors
 from sessiond.storage.blocks import BlockStore
 from sessiond.storage.catalog import Catalog, SessionKey
-from sessiond.storage.directory import DirectoryLock, read_or_create_format
+from sessiond.storage.directory import DirectoryLock, read_or_create_format, sync_names
 from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment
 from sessiond.storage.log import LogStore
 
@@ -73,6 +73,7 @@ class Store:
             opened.append(blocks)
             catalog = Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)
             opened.append(catalog)
+            sync_names(root)  # SQLite does not: without it a power loss may take the whole file
             store = cls(root, lock, log, blocks, catalog, form.cell_tokens)
             store.lost = catalog.reconcile(log, store.damaged.append)
         except BaseException:

@@ -25,6 +25,7 @@ class Kind:
 
 KINDS: tuple[Kind, ...] = (
     Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),
+    Kind("store_power", "store_power", slice=8, ci=150, release=2_000, chunk=25),
     Kind("store_disk_full", "store_disk_full", slice=6, ci=50, release=500, chunk=25),
     Kind("store_io_error", "store_io_error", slice=40, ci=600, release=6_000, chunk=100),
 )
