@@ -8,9 +8,11 @@ import importlib.metadata
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from xxhash import xxh3_128_hexdigest
 
 from sessiond import errors
 from sessiond.storage.envelope import canonical_json
@@ -29,6 +31,7 @@ class Format:
     cell_tokens: int
     created_by: str
     created_us: int
+    tallied: bool  # the log keeps a tally (tally.py); only directories of early versions do not
 
 
 class DirectoryLock:
@@ -82,9 +85,25 @@ def read_or_create_format(root: Path, cell_tokens: int) -> Format:
         raise errors.RecordCorrupt(f"{path} is missing beside existing data", key="FORMAT")
     if not 1 <= cell_tokens <= MAX_CELL_TOKENS:
         raise errors.InvalidConfig(f"cell_tokens must be within 1 to {MAX_CELL_TOKENS}, not {cell_tokens}")
-    created = Format(FORMAT, cell_tokens, _version(), time.time_ns() // 1000)
-    _write_atomically(path, canonical_json({name: getattr(created, name) for name in Format.__slots__}) + b"\n")
+    created = Format(FORMAT, cell_tokens, _version(), time.time_ns() // 1000, tallied=True)
+    _write_format(path, created)
     return created
+
+
+def mark_tallied(root: Path, form: Format) -> None:
+    """Note that the log has a tally from now on. Raises DataDirectoryReadOnly or DiskFull."""
+    _write_format(root / "FORMAT", replace(form, tallied=True))
+
+
+def _write_format(path: Path, form: Format) -> None:
+    said = {name: getattr(form, name) for name in Format.__slots__}
+    _write_atomically(path, canonical_json({**said, "check": _check(said)}) + b"\n")
+
+
+def _check(said: dict[str, Any]) -> str:
+    """Over everything else that FORMAT says."""
+    rest = {name: value for name, value in said.items() if name != "check"}
+    return str(xxh3_128_hexdigest(canonical_json(rest)))
 
 
 def _parse(path: Path, raw: bytes) -> Format:
@@ -99,10 +118,14 @@ def _parse(path: Path, raw: bytes) -> Format:
                 format=version,
                 supported=FORMAT,
             )
+        if said.get("check", _check(said)) != _check(said):  # early versions wrote none
+            raise ValueError("checksum mismatch")
         cell_tokens = int(said["cell_tokens"])
         if version < 1 or not 1 <= cell_tokens <= MAX_CELL_TOKENS:
             raise ValueError("value out of range")
-        return Format(version, cell_tokens, str(said["created_by"]), int(said["created_us"]))
+        return Format(
+            version, cell_tokens, str(said["created_by"]), int(said["created_us"]), said.get("tallied") is True
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise errors.RecordCorrupt(f"{path} is damaged: {exc!r}", key="FORMAT") from exc
 

@@ -22,6 +22,7 @@ CELL_REF = 0x63
 TAIL_REF = 0x6C
 IDENTITY = 0x69
 PROFILE = 0x70
+TALLY = 0x61
 KV_CELL = 0x43
 KV_TAIL = 0x54
 
@@ -36,6 +37,7 @@ KIND_NAMES = {
     TAIL_REF: "tail-ref",
     IDENTITY: "identity",
     PROFILE: "profile",
+    TALLY: "tally",
     KV_CELL: "kv-cell",
     KV_TAIL: "kv-tail",
 }

@@ -8,8 +8,8 @@ from pathlib import Path
 from sessiond import errors
 from sessiond.storage.blocks import BlockStore
 from sessiond.storage.catalog import Catalog, SessionKey
-from sessiond.storage.directory import DirectoryLock, read_or_create_format, sync_names
-from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment
+from sessiond.storage.directory import DirectoryLock, mark_tallied, read_or_create_format, sync_names
+from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment, Tallied
 from sessiond.storage.log import LogStore
 
 DEFAULT_LOG_MAP_BYTES = 64 << 30
@@ -51,12 +51,15 @@ class Store:
         log_map_bytes: int = DEFAULT_LOG_MAP_BYTES,
         block_map_bytes: int = DEFAULT_BLOCK_MAP_BYTES,
         reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+        accept_damage: bool = False,
     ) -> Store:
         """Open or create a data directory, take its lock, migrate and reconcile the catalog.
 
         `cell_tokens` counts only when the directory is made; afterwards FORMAT decides. Map sizes are
         address space, not disk: sparse and fixed; lower them where the address space is limited.
         Writes are refused (DiskFull) while less than `reserve_bytes` of disk are free.
+        A log whose records are not those that were committed (tally.py) is refused with RecordCorrupt; with
+        `accept_damage` it is opened, what is wrong is told in `damaged`, and what there is counts from then on.
         Raises DataDirectoryBusy, DataDirectoryReadOnly, FormatTooNew, DiskFull, DependencyMissing,
         InvalidConfig, RecordCorrupt; then nothing stays open.
         """
@@ -65,8 +68,14 @@ class Store:
         opened: list[LogStore | BlockStore | Catalog] = []
         try:
             form = read_or_create_format(root, cell_tokens)
-            log = LogStore(Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes))
+            tallied: Tallied = "accept" if accept_damage else "yes" if form.tallied else "new"
+            log_env = Environment(
+                str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes, tallied=tallied
+            )
+            log = LogStore(log_env)
             opened.append(log)
+            if not form.tallied:
+                mark_tallied(root, form)
             blocks = BlockStore(
                 Environment(str(root / "blocks"), map_bytes=block_map_bytes, reserve_bytes=reserve_bytes)
             )
@@ -75,6 +84,8 @@ class Store:
             opened.append(catalog)
             sync_names(root)  # SQLite does not: without it a power loss may take the whole file
             store = cls(root, lock, log, blocks, catalog, form.cell_tokens)
+            if log_env.damage:
+                store.damaged.append(log_env.damage)
             store.lost = catalog.reconcile(log, store.damaged.append)
         except BaseException:
             for part in reversed(opened):

@@ -30,6 +30,10 @@ KINDS: tuple[Kind, ...] = (
     Kind("store_power", "store_power", slice=8, ci=150, release=2_000, chunk=25, in_memory=True),
     Kind("store_disk_full", "store_disk_full", slice=6, ci=50, release=500, chunk=25),
     Kind("store_io_error", "store_io_error", slice=40, ci=600, release=6_000, chunk=100, in_memory=True),
+    Kind(
+        "store_bit_flips", "store_bit_flips", slice=10_000, ci=100_000, release=1_000_000, chunk=10_000, in_memory=True
+    ),
+    Kind("store_pages", "store_pages", slice=400, ci=10_000, release=100_000, chunk=1_000, in_memory=True),
 )
 
 BY_NAME = {kind.name: kind for kind in KINDS}
