@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import secrets
-import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import structlog
 
@@ -25,6 +25,7 @@ from sessiond.desk import Desk
 from sessiond.diskuse import DiskTotals, disk_totals
 from sessiond.errors import BadRequest, Draining, SessiondError, StoreReadOnly
 from sessiond.mending import mend
+from sessiond.pacing import Pacer, stepped
 from sessiond.sessions import Sessions
 from sessiond.storage.findings import Finding, Severity
 from sessiond.storage.rows import SessionKey
@@ -33,9 +34,6 @@ from sessiond.verify import Progress, Verification, scope_of
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
-WORK_SECONDS, REST_SECONDS = 0.005, 0.02  # while turns run, care works for the one and then rests for the other
 SCRUB_WAITS, SCRUB_WAIT_SECONDS = 100, 0.1  # how long a page of the scrub lets running turns go first
 
 
@@ -65,24 +63,6 @@ class Compacted:
     milliseconds: float
 
 
-@dataclass(slots=True)
-class Pacer:
-    """What long work calls between two steps: it rests while turns run, and ends the work when told to."""
-
-    is_busy: Callable[[], object]
-    is_over: Callable[[], object]
-    stopped: threading.Event = field(default_factory=threading.Event)
-    _rested: float = field(default_factory=time.monotonic)
-
-    def __call__(self) -> None:
-        """Raises Draining once the work is to end."""
-        if self.stopped.is_set() or self.is_over():
-            raise Draining("the daemon is shutting down", retry_after=5.0)
-        if self.is_busy() and time.monotonic() - self._rested > WORK_SECONDS:
-            self.stopped.wait(REST_SECONDS)
-            self._rested = time.monotonic()
-
-
 class Care:
     """Runs on the event loop; owned by the daemon."""
 
@@ -92,7 +72,7 @@ class Care:
         self.collected = 0  # things erased by the collector since the start
         self._alone = asyncio.Lock()
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="care")
-        self._pacers: set[threading.Event] = set()
+        self._pacers: weakref.WeakSet[Pacer] = weakref.WeakSet()
         self._closed = False
 
     @property
@@ -102,8 +82,8 @@ class Care:
     def close(self) -> None:
         """End what runs, and wait for its threads."""
         self._closed = True
-        for stopped in list(self._pacers):
-            stopped.set()
+        for pacer in list(self._pacers):
+            pacer.stopped.set()
         self._pool.shutdown()
 
     # --- verifying ---------------------------------------------------------------------------------------------------
@@ -125,7 +105,7 @@ class Care:
             scope = await self._in_pool(scope_of, self.store, ids) if ids else None
             pacer = self._pacer()
             run = Verification(self.store, pacer, scope, repair=repair)
-            async with aclosing(self._stepped(run.run(), pacer)) as steps:
+            async with aclosing(stepped(self._pool, run.run(), pacer)) as steps:
                 async for step in steps:
                     yield step
             audit = Audit(self.desk, recompute, seed or secrets.randbits(63))
@@ -146,25 +126,6 @@ class Care:
             milliseconds=(time.perf_counter() - began) * 1e3,
         )
 
-    async def _stepped(self, steps: Generator[T], pacer: Pacer) -> AsyncGenerator[T]:
-        """The steps of blocking work, each taken in a thread. Leaving early ends the work."""
-        loop = asyncio.get_running_loop()
-        running: asyncio.Future[T | None] | None = None
-        try:
-            while True:
-                running = loop.run_in_executor(self._pool, functools.partial(next, steps, None))
-                step = await asyncio.shield(running)
-                if step is None:
-                    return
-                yield step
-        finally:
-            pacer.stopped.set()
-            self._pacers.discard(pacer.stopped)
-            if running is not None and not running.done():
-                await asyncio.wait([running])
-                running.exception()
-            steps.close()
-
     # --- collecting and compacting -----------------------------------------------------------------------------------
 
     async def collect(self) -> int:
@@ -173,11 +134,7 @@ class Care:
             return await self._collect()
 
     async def _collect(self) -> int:
-        pacer = self._pacer()
-        try:
-            erased: int = await self._in_pool(collect, self.store, pacer)
-        finally:
-            self._pacers.discard(pacer.stopped)
+        erased: int = await self._in_pool(collect, self.store, self._pacer())
         self.collected += erased
         return erased
 
@@ -249,7 +206,7 @@ class Care:
 
     def _pacer(self) -> Pacer:
         pacer = Pacer(lambda: self.desk.turns, lambda: self._closed or self.sessions.draining)
-        self._pacers.add(pacer.stopped)
+        self._pacers.add(pacer)
         return pacer
 
     def _refuse_read_only(self) -> None:

@@ -33,6 +33,7 @@ def serve(
     model: Annotated[str | None, _flag("Known name, directory, GGUF file or hub id. [smollm2]", _SERVED)] = None,
     data_dir: Annotated[Path | None, _flag("Token log and state; one daemon at a time.", _SERVED)] = None,
     database_url: Annotated[str | None, _flag("SQL catalog. [SQLite in the data directory]", _SERVED)] = None,
+    accept_damage: Annotated[bool | None, _flag("Serve a log known to lack records.", _SERVED)] = None,
     listen: Annotated[str | None, _flag("host:port; port 0 takes a free one. [127.0.0.1:7431]", _ACCESS)] = None,
     insecure_allow_remote: Annotated[bool | None, _flag("Bind beyond loopback without TLS.", _ACCESS)] = None,
     tls_cert: Annotated[Path | None, _flag("PEM certificate chain.", _ACCESS)] = None,

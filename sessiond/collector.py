@@ -51,7 +51,7 @@ def garbage(store: Store, pause: Pause, *, erase: bool) -> Iterator[Finding]:
     for tenant in store.log.tenants():
         with store.inflight.watch() as seen:
             listed = _candidates(store.log, tenant, pause)
-            needed = reachable(store, tenant)
+            needed = reachable(store, tenant, pause)
             yield from _cells(store, tenant, listed, needed, seen, pause, erase=erase)
             yield from _revisions(store, tenant, listed, needed, seen, pause, erase=erase)
     yield from _kv(store, pause, erase=erase)

@@ -164,7 +164,12 @@ class Daemon:
         credentials = _credentials(settings)
         principals = Principals(settings)
         torch.set_num_threads(settings.threads)
-        store = Store.open(settings.data_dir, cell_tokens=settings.cell_tokens, database_url=settings.database_url)
+        store = Store.open(
+            settings.data_dir,
+            cell_tokens=settings.cell_tokens,
+            database_url=settings.database_url,
+            accept_damage=settings.accept_damage,
+        )
         self._stack.callback(store.close)
         for lost in store.lost:
             log.error("session is in the catalog but not in the log", tenant=lost.tenant, session=lost.session_id)

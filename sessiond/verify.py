@@ -55,7 +55,7 @@ def scope_of(store: Store, session_ids: Iterable[str]) -> Scope:
     scope = Scope([], [], [])
     assert scope.sessions is not None
     for session_id in session_ids:
-        tenants = [tenant for tenant in store.log.tenants() if session_id in store.log.ids(tenant, keys.SESSION)]
+        tenants = [tenant for tenant in store.log.tenants() if store.log.has_session(tenant, session_id)]
         tenants += [key.tenant for key in store.lost if key.session_id == session_id and key.tenant not in tenants]
         if not tenants:
             raise SessionNotFound(f"no session {session_id}")

@@ -15,8 +15,9 @@ import lmdb
 
 from sessiond import errors
 from sessiond.storage import space
+from sessiond.storage.directory import sync_folder
 from sessiond.storage.failures import from_lmdb, from_os
-from sessiond.storage.mapfile import COMPACT_NAME, MapFile, sync_folder
+from sessiond.storage.mapfile import COMPACT_NAME, MapFile
 
 _RETRY_SECONDS = 10.0
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Literal, cast
 
 import lmdb
 
@@ -22,6 +23,7 @@ from sessiond.storage.failures import from_lmdb, may_be_out_of_space
 from sessiond.storage.mapfile import MapFile
 from sessiond.storage.mapfile import ReadTxn as ReadTxn
 from sessiond.storage.mapfile import WriteTxn as WriteTxn
+from sessiond.storage.tally import TalliedTxn, Tally, build_tally, read_tally
 
 QUEUED_BATCHES = 1024
 MAX_TXN_BYTES = 8 << 20
@@ -30,6 +32,7 @@ _SPARE_BYTES = 1 << 20
 
 _RETRY_SECONDS = 10.0
 
+Tallied = Literal["no", "yes", "new", "accept"]
 Op = Callable[[WriteTxn], None]
 
 
@@ -70,11 +73,23 @@ class Environment:
     (StoreReadOnly) until reopened. Reads go on in both cases. docs/decisions/0009-full-or-read-only.md.
     """
 
-    def __init__(self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES) -> None:
-        """Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened."""
+    def __init__(
+        self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES, tallied: Tallied = "no"
+    ) -> None:
+        """Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened.
+
+        `tallied`: whether its records are summed up (tally.py) and their sum is proved here. "new" makes the sum if
+        there is none yet; "accept" makes it whatever was there before, and puts what was wrong into `damage`.
+        """
         self._path = path
         self._reserve_bytes = reserve_bytes
+        self.damage: errors.RecordCorrupt | None = None
         self._map = MapFile(path, map_bytes)
+        try:
+            self._tally = self._open_tally(tallied)
+        except BaseException:
+            self._map.close()
+            raise
         self._queue: queue.Queue[_Batch | _Task | None] = queue.Queue(QUEUED_BATCHES)
         self._submit_lock = threading.Lock()
         self._closed = False
@@ -208,18 +223,25 @@ class Environment:
         except lmdb.Error as exc:
             self._fail(group, exc)
             return
-        outcomes = [(batch, self._apply(txn, batch)) for batch in group]
+        total = self._tally.total if self._tally else 0
+        outcomes = []
+        for batch in group:
+            error, change = self._apply(txn, batch)
+            outcomes.append((batch, error))
+            total += change
         try:
-            self._commit_applied(txn, [batch for batch, error in outcomes if error is None])
+            self._commit_applied(txn, [batch for batch, error in outcomes if error is None], total % (1 << 128))
         finally:
             # Told only now: a refusal may rest on what another batch of this group wrote, which must be there to read.
             for batch, error in outcomes:
                 if error is not None:
                     batch.done.set_exception(error)
 
-    def _commit_applied(self, txn: WriteTxn, applied: list[_Batch]) -> None:
+    def _commit_applied(self, txn: WriteTxn, applied: list[_Batch], total: int) -> None:
         try:
             if applied:
+                if self._tally:
+                    self._tally.write(txn, total)
                 txn.commit()
             else:
                 txn.abort()
@@ -231,22 +253,42 @@ class Environment:
         except lmdb.Error as exc:
             self._fail(applied, exc)
             return
+        if self._tally:
+            self._tally.total = total
         self._commits += 1
         self._batches += len(applied)
         for batch in applied:
             batch.done.set_result(None)
 
-    def _apply(self, parent: WriteTxn, batch: _Batch) -> Exception | None:
-        """Run one batch in a nested transaction, so that its failure is its own; returns it."""
+    def _apply(self, parent: WriteTxn, batch: _Batch) -> tuple[Exception | None, int]:
+        """Run one batch in a nested transaction, so that its failure is its own; returns it, and the tally's change."""
         txn = self._map.env.begin(write=True, parent=parent)
+        view = TalliedTxn(txn)
+        acted_on = cast(WriteTxn, view) if self._tally else txn
         try:
             for op in batch.ops:
-                op(txn)
+                op(acted_on)
             txn.commit()
         except Exception as exc:  # noqa: BLE001 - as any executor does: the submitter gets it
             txn.abort()
-            return from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc
-        return None
+            return from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc, 0
+        return None, view.change
+
+    def _open_tally(self, tallied: Tallied) -> Tally | None:
+        if tallied == "no":
+            return None
+        try:
+            found = read_tally(self._map, may_lack=tallied == "new")
+        except errors.RecordCorrupt as exc:
+            if tallied != "accept":
+                raise
+            self.damage, found = exc, None
+        try:
+            return found or build_tally(self._map)
+        except errors.RecordCorrupt:
+            if tallied != "accept":
+                raise
+            return None  # not even readable as a whole: what can be read is served, and the next start refuses again
 
     def _low_on_space(self, reserve_bytes: int) -> bool:
         try:

@@ -15,6 +15,7 @@ from typing import TypeAlias
 import lmdb
 
 from sessiond import errors
+from sessiond.storage.directory import sync_folder
 from sessiond.storage.failures import from_lmdb, from_os
 
 LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
@@ -175,12 +176,3 @@ class MapFile:
             os.posix_fallocate(fd, 0, _LOCK_FILE_BYTES)
         finally:
             os.close(fd)
-
-
-def sync_folder(folder: str) -> None:
-    """Make the names in `folder` durable. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

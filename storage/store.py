@@ -8,8 +8,8 @@ from pathlib import Path
 from sessiond import errors
 from sessiond.storage.blocks import BlockStore
 from sessiond.storage.catalog import Catalog, SessionKey
-from sessiond.storage.directory import DirectoryLock, read_or_create_format
-from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment
+from sessiond.storage.directory import DirectoryLock, mark_tallied, read_or_create_format, sync_names
+from sessiond.storage.environment import DEFAULT_RESERVE_BYTES, Environment, Tallied
 from sessiond.storage.inflight import InFlight
 from sessiond.storage.log import LogStore
 
@@ -56,6 +56,7 @@ class Store:
         log_map_bytes: int = DEFAULT_LOG_MAP_BYTES,
         block_map_bytes: int = DEFAULT_BLOCK_MAP_BYTES,
         reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+        accept_damage: bool = False,
     ) -> Store:
         """Open or create a data directory, take its lock, migrate and reconcile the catalog.
 
@@ -63,6 +64,8 @@ class Store:
         address space, not disk: sparse and fixed; lower them where the address space is limited.
         While less than `reserve_bytes` of disk are free, KV is not written and `require_space` raises; the log takes
         what was begun before down to half of that, then deletions only.
+        A log whose records are not those that were committed (tally.py) is refused with RecordCorrupt; with
+        `accept_damage` it is opened, what is wrong is told in `damaged`, and what there is counts from then on.
         Raises DataDirectoryBusy, DataDirectoryReadOnly, FormatTooNew, DiskFull, DependencyMissing,
         InvalidConfig, RecordCorrupt; then nothing stays open.
         """
@@ -71,15 +74,24 @@ class Store:
         opened: list[LogStore | BlockStore | Catalog] = []
         try:
             form = read_or_create_format(root, cell_tokens)
-            log = LogStore(Environment(str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes // 2))
+            tallied: Tallied = "accept" if accept_damage else "yes" if form.tallied else "new"
+            log_env = Environment(
+                str(root / "log"), map_bytes=log_map_bytes, reserve_bytes=reserve_bytes // 2, tallied=tallied
+            )
+            log = LogStore(log_env)
             opened.append(log)
+            if not form.tallied:
+                mark_tallied(root, form)
             blocks = BlockStore(
                 Environment(str(root / "blocks"), map_bytes=block_map_bytes, reserve_bytes=reserve_bytes)
             )
             opened.append(blocks)
             catalog = Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)
             opened.append(catalog)
+            sync_names(root)  # SQLite does not: without it a power loss may take the whole file
             store = cls(root, lock, log, blocks, catalog, form.cell_tokens, reserve_bytes)
+            if log_env.damage:
+                store.damaged.append(log_env.damage)
             store.lost = catalog.reconcile(log, store.damaged.append)
         except BaseException:
             for part in reversed(opened):

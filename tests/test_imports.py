@@ -52,7 +52,7 @@ LAYERS: list[list[str]] = [
     ["restoring"],
     ["cachememory"],
     ["cache"],
-    ["verify"],
+    ["verify", "pacing"],
     ["collector"],
     ["secondlook", "mending"],
     ["diskuse", "erasure", "reachability"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 from sessiond.cache import SessionCache
 from sessiond.cli_app import app
 from sessiond.clients.errors import SessiondClientError, from_rpc_error
+from sessiond.collector import collect
 from sessiond.errors import StoreReadOnly
 from sessiond.restoring import into
 from sessiond.server import Daemon
@@ -25,6 +27,7 @@ from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.records import CellRef
 from sessiond.types import Span
 from sessiond.v1 import admin_pb2
+from sessiond.v1 import sessions_pb2 as pb
 
 TEXT = "word " * 60  # whole cells and a tail
 LESS = TEXT[:140]
@@ -252,6 +255,64 @@ class TestBesideTurns:
         turn = await stream.read()
         assert len(turn.ids) == 30
         assert turn.error is None
+
+
+class TestKVThatIsBeingWritten:
+    """The collector runs at the worst moment: KV is durable in blocks, its reference is not yet in the log."""
+
+    async def persisted_beside_the_collector(self, peer: Peer, daemon: Daemon, monkeypatch) -> list[admin_pb2.Finding]:
+        blocks, runs = daemon.desk.store.blocks, []
+        write = blocks.write
+
+        def and_collect(records):
+            done = write(records)
+            done.result()
+            runs.append(collect(daemon.desk.store, lambda: None))
+            return done
+
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "write", and_collect)
+            session = (await peer.create(system="Be brief.")).session_id
+            await peer.turn(session, TEXT, max_tokens=4)
+            await peer.settled(session)
+        assert len(runs) >= 3
+        return (await verify(peer))[0]
+
+    async def test_is_not_collected(self, peer: Peer, daemon, monkeypatch):
+        assert await self.persisted_beside_the_collector(peer, daemon, monkeypatch) == []
+
+    async def test_would_be_without_its_hold(self, peer: Peer, daemon, monkeypatch):
+        monkeypatch.setattr(daemon.desk.store.inflight, "hold", lambda names: contextlib.nullcontext())
+        findings = await self.persisted_beside_the_collector(peer, daemon, monkeypatch)
+        assert {finding.kind for finding in findings} == {"missing"}
+
+
+class TestBranches:
+    async def test_forks_and_rollbacks_are_sound_and_nothing_of_them_is_collected(self, peer: Peer, daemon):
+        source = await cold_session(peer)
+        point = (await peer.get(source)).head_revision_id
+        forks = [
+            (await peer.call(peer.sessions.ForkSession, pb.ForkSessionRequest(session_id=source))).session_id
+            for _ in range(2)
+        ]
+        await peer.turn(forks[0], "And?", max_tokens=3)
+        await peer.turn(source, "So?", max_tokens=3)
+        await peer.call(peer.sessions.RollbackSession, pb.RollbackSessionRequest(session_id=source, revision_id=point))
+        await peer.turn(source, "Or?", max_tokens=3)
+        for session in (source, *forks):
+            await peer.suspend(session)
+        assert [(f.kind, f.key) for f in (await verify(peer, recompute=1.0))[0]] == []
+        await peer.delete(source, purge_now=True)
+        assert [(f.kind, f.key) for f in (await verify(peer, repair=True))[0]] == []
+        before = daemon.desk.store.log.stat().entries
+        await compact(peer)
+        assert daemon.desk.store.log.stat().entries == before
+        for fork in forks:
+            assert (await peer.turn(fork, "Well?", max_tokens=2)).restored.tokens_recomputed == 0
+            await peer.settled(fork)
+            await peer.delete(fork, purge_now=True)
+        assert [(f.kind, f.key) for f in (await verify(peer))[0]] == []
+        assert daemon.desk.store.blocks.stat().entries == 0
 
 
 class TestCompact:

@@ -1,7 +1,7 @@
 /* System calls that fail on demand, for LD_PRELOAD. Only calls on files below one folder are counted.
  *
  * fault_arm(root, call, k, error, persist, report): the k-th call (from 1) of that class fails with errno `error`; 0
- * stands for a short write: half the bytes are written and their number is returned. With `persist` all later ones fail
+ * stands for a short write: half the bytes, at least one, are written and their number is returned. With `persist` all later ones fail
  * too. The first failure writes one line with the file's path to the descriptor `report`. call 0 disarms.
  */
 #define _GNU_SOURCE
@@ -72,13 +72,13 @@ static int refuse(void) {
 
 ssize_t write(int fd, const void *data, size_t n) {
     REAL(write);
-    if (fails(WRITE, fd)) return refuse() < 0 ? -1 : real(fd, data, n / 2);
+    if (fails(WRITE, fd)) return refuse() < 0 ? -1 : real(fd, data, (n + 1) / 2);
     return real(fd, data, n);
 }
 
 ssize_t pwrite(int fd, const void *data, size_t n, off_t at) {
     REAL(pwrite);
-    if (fails(WRITE, fd)) return refuse() < 0 ? -1 : real(fd, data, n / 2, at);
+    if (fails(WRITE, fd)) return refuse() < 0 ? -1 : real(fd, data, (n + 1) / 2, at);
     return real(fd, data, n, at);
 }
 

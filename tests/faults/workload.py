@@ -51,17 +51,17 @@ class Workload:
         for session in range(first, first + n_sessions):
             self.play(session)
 
-    def play(self, session: int) -> None:
-        """One session from where it stands to its end."""
+    def play(self, session: int, turns: int = TURNS) -> None:
+        """One session from where it stands to its end, or to its first `turns` turns."""
         try:
             self.store.log.session(TENANT, session_id(session))
         except errors.SessionNotFound:
             self._create(session)
-        for turn in range(TURNS):
+        for turn in range(turns):
             request = self.store.log.request(TENANT, session_id(session), request_id(session, turn))
             if request is None or request.state == "running":
                 self._turn(session, turn, request is not None)
-        if session >= KEPT_SESSIONS:
+        if turns == TURNS and session >= KEPT_SESSIONS:
             self._purge(session - KEPT_SESSIONS)
 
     def _create(self, session: int) -> None:
