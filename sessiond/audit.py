@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 
 import numpy as np
+import structlog
 from blake3 import blake3
 
 from sessiond.branch import Ids
@@ -29,6 +30,8 @@ from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import CellRef
 from sessiond.storage.rows import SessionKey
 from sessiond.types import Part, Span
+
+log = structlog.get_logger()
 
 WAIT_SECONDS = 0.5
 _OWNER = "\0audit"  # no session's: tenants and ids have no NUL
@@ -67,7 +70,11 @@ class Audit:
         drawn = [cell for cell in range(len(hashes)) if self._is_chosen(tenant, hashes[cell], refs[cell])]
         if not drawn:
             return
-        async with self._room((drawn[-1] + 1) * self._n):
+        n_bytes = (drawn[-1] + 1) * self._n * desk.tiers.shape.bytes_per_token
+        if n_bytes > desk.settings.memory_budget_bytes:  # nor could the session run here
+            log.warning("branch too long to compute again", session=session_id, needed_bytes=n_bytes)
+            return
+        async with self._room(n_bytes):
             cache = SessionCache(desk.tiers.shape, desk.tiers.capacity)
             for cell in drawn:
                 await desk.in_pool(self._load, cache, tenant, hashes[:cell])
@@ -92,16 +99,13 @@ class Audit:
         return False
 
     @contextlib.asynccontextmanager
-    async def _room(self, tokens: int) -> AsyncIterator[None]:
+    async def _room(self, n_bytes: int) -> AsyncIterator[None]:
         """Memory beside the sessions', within the budget. Turns go first: it waits until they leave enough."""
-        n_bytes = tokens * self.desk.tiers.shape.bytes_per_token
         while True:
             try:
                 await self.desk.set_aside(n_bytes)
                 break
             except MemoryBudget:
-                if n_bytes > self.desk.settings.memory_budget_bytes:
-                    raise
                 await asyncio.sleep(WAIT_SECONDS)
         try:
             yield

@@ -1,11 +1,13 @@
 """Power loss at a random instant, on a file system that forgets what was not synced; several in a row on one directory.
 
-Both databases lie on it, LMDB and SQLite. Negative controls: `lmdb_no_sync`, `sqlite_no_sync`.
+Both databases lie on it, LMDB and SQLite. Negative controls: `lmdb_no_sync`, `sqlite_no_sync`,
+`compact_no_sync`.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -21,7 +23,8 @@ from outcome import Outcome
 from volatile import power_loss
 from workload import Workload
 
-from sessiond.storage import database
+from sessiond.storage import compaction, database
+from sessiond.storage.mapfile import MapFile
 from sessiond.storage.store import Store
 
 IN_A_ROW = 5
@@ -107,5 +110,13 @@ def switch_off(defence: str) -> None:
         from sessiond.storage import catalog
 
         catalog.open_sqlite = unsynced  # type: ignore[attr-defined]
+    elif defence == "compact_no_sync":
+
+        def unsynced_copy(file: MapFile, copy: str) -> None:
+            fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            file.env.copyfd(fd, compact=True)
+            os.close(fd)
+
+        compaction._write_copy = unsynced_copy
     elif defence:
         raise ValueError(defence)

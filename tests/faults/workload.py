@@ -7,6 +7,7 @@ After a restart the newest session goes on where the log says it stands.
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -57,6 +58,7 @@ class Workload:
             self.store.log.session(TENANT, session_id(session))
         except errors.SessionNotFound:
             self._create(session)
+            self._compact()
         for turn in range(turns):
             request = self.store.log.request(TENANT, session_id(session), request_id(session, turn))
             if request is None or request.state == "running":
@@ -195,6 +197,12 @@ class Workload:
             self.store.blocks.delete(KVOwner(TENANT, "cell", name)).result()
         for revision in revisions:
             self.store.blocks.delete_tails(TENANT, revision.revision_id).result()
+
+    def _compact(self) -> None:
+        """Copies without free pages take both files' places. For want of space it may be refused."""
+        for environment in (self.store.log.environment, self.store.blocks.environment):
+            with contextlib.suppress(errors.DiskFull):
+                environment.compact().result()
 
     def bulk(self) -> None:
         """A record of 200 KB in `blocks`, as KV that no reference names yet."""
