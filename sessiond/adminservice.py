@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -9,8 +10,9 @@ from typing import Any
 
 import grpc
 
-from sessiond import wireout
+from sessiond import wireadmin, wireout
 from sessiond.auth import Principals
+from sessiond.care import Care
 from sessiond.desk import Desk
 from sessiond.diskuse import disk_totals
 from sessiond.errors import NotImplementedYet
@@ -27,9 +29,15 @@ class AdminService(AdminServicer):
     """sessiond.v1.Admin."""
 
     def __init__(
-        self, sessions: Sessions, identity: dict[str, str], profile: dict[str, str], principals: Principals
+        self,
+        sessions: Sessions,
+        care: Care,
+        identity: dict[str, str],
+        profile: dict[str, str],
+        principals: Principals,
     ) -> None:
         self.sessions = sessions
+        self.care = care
         self.identity = identity
         self.profile = profile
         self.tenant = principals.tenant
@@ -68,14 +76,7 @@ class AdminService(AdminServicer):
             turns_suspended=max(0, usage.suspended - len(desk.turns)),  # a running one is open as well
             memory_bytes_by_tier={"device": desk.hot_bytes},
             memory_budget_bytes_by_tier={"device": desk.settings.memory_budget_bytes},
-            disk=admin.DiskUsage(
-                log_file_bytes=usage.log_file,
-                blocks_file_bytes=usage.blocks_file,
-                kv_coded_bytes=usage.coded,
-                kv_raw_bytes=usage.raw,
-                index_bytes=usage.index,
-                free_bytes=desk.store.free_bytes(),
-            ),
+            disk=wireadmin.disk_usage(usage, desk.store.free_bytes()),
             tokens=admin.TokenTotals(
                 prefilled=counters.prefilled,
                 decoded=counters.decoded,
@@ -84,7 +85,17 @@ class AdminService(AdminServicer):
                 sealed=counters.sealed,
                 reused=desk.reused_tokens,
             ),
-            gauges={"kv_coded_page_bytes": float(usage.coded_pages), "engine_steps": float(counters.steps)},
+            gauges={
+                "kv_coded_page_bytes": float(usage.coded_pages),
+                "engine_steps": float(counters.steps),
+                "store_read_only": float(desk.store.read_only),
+                "disk_reserve_used": float(not desk.store.has_space),
+                "scrubbed_bytes": float(desk.scrub.n_bytes),
+                "scrub_rounds": float(desk.scrub.rounds),
+                "scrub_repaired": float(desk.scrub.repaired),
+                "scrub_losses": float(desk.scrub.losses),
+                "collected": float(self.care.collected),
+            },
             sample_time=wireout.timestamp(desk.now_us()),
         )
         response.uptime.FromNanoseconds(int((time.monotonic() - self.started) * 1e9))
@@ -99,11 +110,24 @@ class AdminService(AdminServicer):
     async def VerifyStore(
         self, request: admin.VerifyStoreRequest, context: Context
     ) -> AsyncIterator[admin.VerifyStoreResponse]:
-        raise NotImplementedYet("VerifyStore is not served by this version")
-        yield
+        self.tenant(context)
+        steps = self.care.verify(
+            request.session_ids, recompute=request.recompute, seed=request.seed, repair=request.repair
+        )
+        async with contextlib.aclosing(steps) as replies:
+            async for step in replies:
+                yield wireadmin.verify_event(step)
 
     async def CompactStore(self, request: admin.CompactStoreRequest, context: Context) -> admin.CompactStoreResponse:
-        raise NotImplementedYet("CompactStore is not served by this version")
+        self.tenant(context)
+        done = await self.care.compact(purge_deleted=request.purge_deleted)
+        return admin.CompactStoreResponse(
+            before=wireadmin.disk_usage(done.before, done.free_before),
+            after=wireadmin.disk_usage(done.after, done.free_after),
+            sessions_purged=done.sessions_purged,
+            records_erased=done.records_erased,
+            milliseconds=done.milliseconds,
+        )
 
     async def DrainServer(self, request: admin.DrainServerRequest, context: Context) -> admin.DrainServerResponse:
         raise NotImplementedYet("DrainServer is not served by this version")

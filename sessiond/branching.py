@@ -72,6 +72,7 @@ async def _fork_recomputed(sessions: Sessions, source: SessionRecord, fork_id: s
         history, _ = read_history(log, source, head, whole_tree=False)
         return retold_session(desk, source.tenant, history, source, new, sessions.model_name)
 
+    desk.store.require_space()
     record, batch = await desk.in_pool(tell)
     try:
         await asyncio.wrap_future(log.write(batch))

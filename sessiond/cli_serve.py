@@ -19,12 +19,13 @@ def _flag(help_: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help_.replace("[", r"\["), rich_help_panel=panel, show_default=False)
 
 
-_SERVED, _ACCESS, _COMPUTE, _MEMORY, _TURNS = (
+_SERVED, _ACCESS, _COMPUTE, _MEMORY, _TURNS, _CARE = (
     "What is served",
     "Who may connect",
     "Computing",
     "Memory",
     "Turns",
+    "Care of the store",
 )
 
 
@@ -32,6 +33,7 @@ def serve(
     model: Annotated[str | None, _flag("Known name, directory, GGUF file or hub id. [smollm2]", _SERVED)] = None,
     data_dir: Annotated[Path | None, _flag("Token log and state; one daemon at a time.", _SERVED)] = None,
     database_url: Annotated[str | None, _flag("SQL catalog. [SQLite in the data directory]", _SERVED)] = None,
+    accept_damage: Annotated[bool | None, _flag("Serve a log known to lack records.", _SERVED)] = None,
     listen: Annotated[str | None, _flag("host:port; port 0 takes a free one. [127.0.0.1:7431]", _ACCESS)] = None,
     insecure_allow_remote: Annotated[bool | None, _flag("Bind beyond loopback without TLS.", _ACCESS)] = None,
     tls_cert: Annotated[Path | None, _flag("PEM certificate chain.", _ACCESS)] = None,
@@ -54,6 +56,8 @@ def serve(
     settle_seconds: Annotated[float | None, _flag("Pause before state is sealed and written. [0.2]", _TURNS)] = None,
     sweep_seconds: Annotated[float | None, _flag("How often expiry is looked at. [5]", _TURNS)] = None,
     drain_seconds: Annotated[float | None, _flag("SIGTERM lets turns go on. [30]", _TURNS)] = None,
+    scrub_bytes_per_second: Annotated[float | None, _flag("Rate of checking again; 0: off. [4e6]", _CARE)] = None,
+    collect_seconds: Annotated[float | None, _flag("Erases unreferenced records; 0: off. [6 h]", _CARE)] = None,
 ) -> None:
     """Run the daemon until SIGTERM. Every flag is also an environment variable: SESSIOND_<FLAG>."""
     given = {name: value for name, value in locals().items() if value is not None}

@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     data_dir: Path = Field(default_factory=default_data_dir, description="Token log and KV; one daemon at a time.")
     database_url: str | None = Field(None, description="SQL catalog; default is SQLite inside the data directory.")
 
+    accept_damage: bool = Field(False, description="Serve a token log known to lack or misplace records.")
+
     # Who may connect.
     listen: str = Field("127.0.0.1:7431", description="host:port; port 0 takes a free one.")
     insecure_allow_remote: bool = Field(False, description="Bind beyond loopback without TLS.")
@@ -72,6 +74,14 @@ class Settings(BaseSettings):
     )
     drain_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="SIGTERM lets running turns go on for this."
+    )
+
+    # The care of the store.
+    scrub_bytes_per_second: float = Field(
+        4e6, ge=0, allow_inf_nan=False, description="Stored records are checked again at this rate; 0: never."
+    )
+    collect_seconds: float = Field(
+        6 * 3600.0, ge=0, allow_inf_nan=False, description="How often unreferenced records are erased; 0: never."
     )
 
     @field_validator("cell_tokens")

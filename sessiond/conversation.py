@@ -61,6 +61,8 @@ class Conversations:
                 return
             self.sessions.refuse_draining()
             self.sessions.refuse_foreign(record)
+            if row is None:
+                self.desk.store.require_space()
             if live.turn:
                 if not request.wait:
                     refuse_busy(live)

@@ -14,14 +14,16 @@ import numpy as np
 import structlog
 
 from sessiond.branch import Ids
+from sessiond.cache import SessionCache
 from sessiond.config import Settings
 from sessiond.engine import Engine
-from sessiond.errors import MemoryBudget, SessiondError, TurnSuspended
+from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Event, SealWork
+from sessiond.scrub import Scrub
 from sessiond.sharing import relative, sealed_donor, take_over
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionRow
@@ -71,6 +73,8 @@ class Desk:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.restored_tokens = 0
         self.reused_tokens = 0
+        self.aside_bytes = 0  # of memory that no session holds: an audit's
+        self.scrub = Scrub(store)
         self._loop = asyncio.get_running_loop()
         self._sealed: dict[str, asyncio.Future[None]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="store")
@@ -176,7 +180,7 @@ class Desk:
 
     @property
     def hot_bytes(self) -> int:
-        return sum(self._bytes_held(live) for live in list(self.lives.values()))
+        return self.aside_bytes + sum(self._bytes_held(live) for live in list(self.lives.values()))
 
     def _bytes_held(self, live: Live) -> int:
         """Bytes of a session's KV in memory, or that its running turn may fill."""
@@ -215,6 +219,19 @@ class Desk:
         whole = live.cache is None and 2 * held >= capacity  # in huge pages
         wanted = (capacity if whole else min(tokens, capacity)) * self.tiers.shape.bytes_per_token
         needed = max(0, wanted - self._bytes_held(live))
+        await self._push_out(needed)
+        live.reserved = tokens
+
+    async def set_aside(self, needed: int) -> None:
+        """Make room for `needed` bytes beside the sessions', counted in `aside_bytes` until that is lowered again.
+
+        Raises MemoryBudget.
+        """
+        await self._push_out(needed)
+        self.aside_bytes += needed
+
+    async def _push_out(self, needed: int) -> None:
+        """Let idle sessions leave, least recently used first, until `needed` bytes fit. Raises MemoryBudget."""
         budget = self.settings.memory_budget_bytes
         idle = [other for other in self.lives.values() if other.cache and not other.lease.locked()]
         for other in sorted(idle, key=lambda other: other.last_used):
@@ -234,7 +251,6 @@ class Desk:
                 used_bytes=self.hot_bytes,
                 budget_bytes=budget,
             )
-        live.reserved = tokens
 
     async def suspend(self, live: Live) -> tuple[int, int]:
         """Persist and leave memory. Returns bytes written and freed."""
@@ -276,6 +292,9 @@ class Desk:
             if record.seal and self.settings.seal and live.cache:
                 await self._seal(live)
             await self.persist(live)
+        except DiskFull as error:
+            live.unsaved = True  # the keeper tries again when there is space
+            log.warning("KV waits for disk space", session=live.session_id, error=error.message)
         except SessiondError as error:
             log.error("KV could not be persisted", session=live.session_id, error=error.message)
         except Exception:
@@ -283,13 +302,18 @@ class Desk:
 
     async def _seal(self, live: Live) -> None:
         assert live.cache is not None
-        sealed = self._sealed[live.owner] = self._loop.create_future()
         upto = len(live.ids) // self.store.cell_tokens * self.store.cell_tokens
-        self.engine.seal(SealWork(live.owner, live.cache, live.ids.tolist(), upto))
+        await self.seal_cells(live.owner, live.cache, live.ids.tolist(), upto)
+
+    async def seal_cells(self, owner: str, cache: SessionCache, tokens: list[int], upto: int) -> None:
+        """Compute cells [cache.sealed, upto) canonically, when no turn wants the model. Fewer, if a step failed."""
+        sealed = self._sealed[owner] = self._loop.create_future()
+        self.engine.seal(SealWork(owner, cache, tokens, upto))
         try:
             await sealed
         finally:
-            self._sealed.pop(live.owner, None)
+            self._sealed.pop(owner, None)
+            self.engine.cancel_seal(owner)
 
     async def persist(self, live: Live) -> int:
         """Make all KV of the head durable. Returns bytes written."""

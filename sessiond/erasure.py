@@ -10,7 +10,7 @@ import structlog
 
 from sessiond.branch import read_branch
 from sessiond.errors import Aborted, RecordCorrupt, RevisionNotFound, SessionNotFound
-from sessiond.references import cell_refs, tail_ref
+from sessiond.references import cell_refs, delete_unreferenced, tail_ref
 from sessiond.storage import keys
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.kv import KVOwner
@@ -75,10 +75,9 @@ def _erase(store: Store, tenant: str, session_id: str) -> int:
     batch.delete_requests(tenant, session_id)
     batch.delete_session(tenant, session_id)
     log.write(batch).result()
-    for prefix_hash in doomed:
-        store.blocks.delete(KVOwner(tenant, "cell", prefix_hash)).result()
-    for tail in tails:
-        store.blocks.delete(KVOwner(tenant, "tail", tail.revision_id.encode(), tail.generation)).result()
+    owners = [KVOwner(tenant, "cell", prefix_hash) for prefix_hash in doomed]
+    owners += [KVOwner(tenant, "tail", tail.revision_id.encode(), tail.generation) for tail in tails]
+    delete_unreferenced(store, owners)  # another session may be writing one of the cells just now
     return sum(ref.coded_bytes for ref in refs) + sum(tail.coded_bytes for tail in tails)
 
 

@@ -25,6 +25,7 @@ from sessiond.sessions import Sessions
 from sessiond.storage.archive import ArchiveReader, corrupt
 from sessiond.storage.environment import DEFAULT_RESERVE_BYTES
 from sessiond.storage.incoming import Incoming
+from sessiond.storage.kv import KVOwner
 from sessiond.storage.records import SessionRecord
 from sessiond.transplant import check_fits, transplant
 from sessiond.views import ImportRequest, NewSession, SessionView, session_view
@@ -122,49 +123,55 @@ class Imports:
         known = _known(desk, tenant, asked.request_id, digest)
         if known is not None:
             return known, _as_told(known)
-        return self._write(tenant, asked, digest, manifest, history, found, reader, done), done
+        desk.store.require_space()
+        return self._write(tenant, asked, digest, _Judged(reader, manifest, history, found, done)), done
 
-    def _write(
-        self,
-        tenant: str,
-        asked: ImportRequest,
-        digest: str,
-        manifest: Manifest,
-        history: History,
-        found: ForeignKV,
-        reader: ArchiveReader,
-        done: Imported,
-    ) -> SessionRecord:
-        desk = self.desk
+    def _write(self, tenant: str, asked: ImportRequest, digest: str, judged: _Judged) -> SessionRecord:
+        desk, done = self.desk, judged.done
         new = NewSession(
             request_id=asked.request_id,
             digest=digest,
-            policy=manifest.policy,
+            policy=judged.manifest.policy,
             labels=asked.labels,
             ttl_us=asked.ttl_us,
             expire_us=asked.expire_us,
         )
         told = {"verdict": done.verdict, "fields": done.fields, "tokens": done.tokens, "with_kv": done.with_kv}
-        record, revisions, batch = transplant(desk, tenant, history, new, self.sessions.model_name, {"imported": told})
-        profiles = [profile_id(fields) for fields in manifest.profiles]
-        fit = manifest.cell_tokens == desk.store.cell_tokens
-        writer = TailWriter(desk.tiers, tenant, reader, profiles, cells_fit=fit)
-        try:
-            if done.verdict == "exact":
-                for ref in writer.write(found, history, revisions):
-                    batch.put_tail_ref(ref)
-                for name, fields in zip(profiles, manifest.profiles, strict=True):
-                    batch.put_profile(name, dict(fields))
-            desk.store.log.write(batch).result()
-        except SessionExists:
-            writer.remove()
-            known = _known(desk, tenant, asked.request_id, digest)
-            assert known is not None
-            return known
-        except BaseException:
-            _take_back(writer)
-            raise
+        name = self.sessions.model_name
+        record, revisions, batch = transplant(desk, tenant, judged.history, new, name, {"imported": told})
+        profiles = {profile_id(fields): dict(fields) for fields in judged.manifest.profiles}
+        fit = judged.manifest.cell_tokens == desk.store.cell_tokens
+        names = [profile_id(fields) for fields in judged.manifest.profiles]
+        writer = TailWriter(desk.tiers, tenant, judged.reader, names, cells_fit=fit)
+        owners = [KVOwner(tenant, "tail", revision.revision_id.encode()) for revision in revisions]
+        with desk.store.inflight.hold(owner.name for owner in owners):  # nothing refers to the KV yet
+            try:
+                if done.verdict == "exact":
+                    for ref in writer.write(judged.found, judged.history, revisions):
+                        batch.put_tail_ref(ref)
+                    for profile, fields in profiles.items():
+                        batch.put_profile(profile, fields)
+                desk.store.log.write(batch).result()
+            except SessionExists:  # the same request, at the same time
+                writer.remove()
+                known = _known(desk, tenant, asked.request_id, digest)
+                assert known is not None, "only a request_id makes a session's id collide"
+                return known
+            except BaseException:
+                _take_back(writer)
+                raise
         return record
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """An archive that was verified, and what is to be made of it."""
+
+    reader: ArchiveReader
+    manifest: Manifest
+    history: History
+    found: ForeignKV
+    done: Imported
 
 
 def _judge(

@@ -24,6 +24,7 @@ class Keeper:
     def __init__(self, desk: Desk, sessions: Sessions) -> None:
         self.desk = desk
         self.sessions = sessions
+        self._told_read_only = False
 
     async def sweep(self) -> None:
         """Delete expired sessions, purge deleted ones, let idle ones leave memory. Runs until cancelled."""
@@ -32,6 +33,7 @@ class Keeper:
             await _guarded(self._sweep_once(), "")
 
     async def _sweep_once(self) -> None:
+        self._watch_store()
         due = await self.desk.in_sql(self.desk.store.catalog.due, self.desk.now_us())
         for key in due.expired:
             await _guarded(self.sessions.expire_due(key.tenant, key.session_id), key.session_id)
@@ -44,6 +46,18 @@ class Keeper:
             if live.cache:
                 await _guarded(self.desk.suspend(live), live.session_id)
             self.desk.forget(live)
+
+    def _watch_store(self) -> None:
+        """Say once that the store takes no more writes; write KV that waited for disk space."""
+        store = self.desk.store
+        if store.read_only and not self._told_read_only:
+            self._told_read_only = True
+            log.error("the store takes no more writes: a write to it failed; restart the daemon", data=str(store.root))
+        waiting = [live for live in self.desk.lives.values() if live.unsaved and not live.lease.locked()]
+        if waiting and store.has_space:
+            for live in waiting:
+                live.unsaved = False
+                self.desk.settle(live)
 
     async def drain(self, seconds: float) -> None:
         """Refuse new turns, let running ones end (suspend them after `seconds`), and persist what is hot."""

@@ -39,6 +39,7 @@ class Live:
     chain: list[RevisionRecord] = field(default_factory=list)
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.uint32))
     persisted: int = 0
+    unsaved: bool = False  # its KV could not be written for want of disk space
     turn: Turn | None = None
     settling: asyncio.Task[None] | None = None
     saving: asyncio.Future[int] | None = None  # a pool's work on the cache; waited for, never abandoned

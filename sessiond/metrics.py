@@ -36,6 +36,13 @@ class DeskCollector(Collector):
         yield GaugeMetricFamily("sessiond_sessions_hot", "Sessions whose KV is in memory", value=desk.hot_sessions)
         yield GaugeMetricFamily("sessiond_kv_memory_bytes", "KV in memory", value=desk.hot_bytes)
         yield GaugeMetricFamily("sessiond_disk_free_bytes", "Free space at the data", value=desk.store.free_bytes())
+        yield GaugeMetricFamily("sessiond_store_read_only", "1: no writes until restart", value=desk.store.read_only)
+        scrub = desk.scrub
+        yield CounterMetricFamily("sessiond_scrubbed_bytes", "Bytes checked by the scrub", value=scrub.n_bytes)
+        found = CounterMetricFamily("sessiond_scrub_findings", "Damage found by the scrub", labels=["severity"])
+        found.add_metric(["repairable"], scrub.repaired)
+        found.add_metric(["loss"], scrub.losses)
+        yield found
 
 
 def serve_metrics(desk: Desk, listen: str) -> Callable[[], None]:

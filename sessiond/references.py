@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sessiond.errors import RecordCorrupt
 from sessiond.storage.batch import LogBatch
+from sessiond.storage.kv import KVOwner
 from sessiond.storage.records import CellRef, RevisionRecord, TailRef
 from sessiond.storage.store import Store
 
@@ -78,3 +79,46 @@ def joined_tails(
         if ref.start <= sealed:
             return tails[::-1], corrupt
     return [], corrupt
+
+
+def reference_of(store: Store, owner: KVOwner) -> CellRef | TailRef | None:
+    """The reference that names this owner's KV; None if there is none, or a damaged one."""
+    try:
+        if owner.kind == "cell":
+            return store.log.cell_ref(owner.tenant, owner.id)
+        tail = store.log.tail_ref(owner.tenant, owner.id.decode())
+    except RecordCorrupt:
+        return None
+    return tail if tail and tail.generation == owner.generation else None
+
+
+def is_referenced(store: Store, owner: KVOwner) -> bool:
+    """Whether the log refers to this owner's KV. A damaged reference counts: it may name it."""
+    try:
+        if owner.kind == "cell":
+            return store.log.cell_ref(owner.tenant, owner.id) is not None
+        tail = store.log.tail_ref(owner.tenant, owner.id.decode())
+        return tail is not None and tail.generation == owner.generation
+    except RecordCorrupt:
+        return True
+
+
+def delete_unreferenced(store: Store, owners: Iterable[KVOwner]) -> list[KVOwner]:
+    """Delete the KV of those owners that nobody refers to or is writing just now; returns them when it is gone.
+
+    Looking and queueing are one step for whoever writes KV (`Store.inflight`), and blocks are written in the order
+    they are queued: KV that is written again afterwards stays.
+    """
+    deleted: list[KVOwner] = []
+    futures = []
+    for owner in owners:
+
+        def act(_: list[bytes], owner: KVOwner = owner) -> None:
+            if not is_referenced(store, owner):
+                futures.append(store.blocks.delete(owner))
+                deleted.append(owner)
+
+        store.inflight.unless_used([owner.name], set(), act)
+    for future in futures:
+        future.result()
+    return deleted

@@ -162,7 +162,7 @@ class Restorer:
             span = Span(start, start + self.cell_tokens)
             owner = KVOwner(tenant, "cell", hashes[cell])
             try:
-                total += self.store.blocks.read_into(owner, start, len(span), self.shape.n_layers, _into(cache, span))
+                total += self.store.blocks.read_into(owner, start, len(span), self.shape.n_layers, into(cache, span))
             except RecordCorrupt as error:
                 # Without its reference the cell is written again once it has been recomputed.
                 forget = LogBatch()
@@ -189,7 +189,7 @@ class Restorer:
             span = Span(ref.start, ref.start + ref.length)
             try:
                 report.bytes_read += self.store.blocks.read_into(
-                    owner, span.start, len(span), self.shape.n_layers, _into(cache, span)
+                    owner, span.start, len(span), self.shape.n_layers, into(cache, span)
                 )
             except RecordCorrupt as error:
                 report.corrupt = error.message
@@ -224,7 +224,7 @@ class Restorer:
                 continue
             try:
                 report.bytes_read += self.store.blocks.read_into(
-                    owner, span.start, len(span), self.shape.n_layers, _into(cache, span)
+                    owner, span.start, len(span), self.shape.n_layers, into(cache, span)
                 )
             except RecordCorrupt:
                 cache.length = min(cache.length, span.start)  # what stood there was written over
@@ -254,7 +254,9 @@ class Restorer:
         return None
 
 
-def _into(cache: SessionCache, span: Span) -> Callable[[int, Part], np.ndarray[Any, Any]]:
+def into(cache: SessionCache, span: Span) -> Callable[[int, Part], np.ndarray[Any, Any]]:
+    """Where a block of this span goes: the destination that `BlockStore.read_into` asks for."""
+
     def out(layer: int, part: Part) -> np.ndarray[Any, Any]:
         return cache.array(layer, int(part), span)
 

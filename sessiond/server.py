@@ -22,6 +22,7 @@ from grpc_status import rpc_status
 from sessiond import modelidentity, modelstore, wireout
 from sessiond.adminservice import AdminService
 from sessiond.auth import Principals
+from sessiond.care import Care
 from sessiond.config import Settings
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
@@ -148,7 +149,7 @@ class Daemon:
         self.desk: Desk | None = None
         self.sessions: Sessions | None = None
         self._stack = contextlib.AsyncExitStack()
-        self._sweep: asyncio.Task[None] | None = None
+        self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Open store and model, bind, serve. Raises a SessiondError, with nothing left open, if any part refuses."""
@@ -163,7 +164,12 @@ class Daemon:
         credentials = _credentials(settings)
         principals = Principals(settings)
         torch.set_num_threads(settings.threads)
-        store = Store.open(settings.data_dir, cell_tokens=settings.cell_tokens, database_url=settings.database_url)
+        store = Store.open(
+            settings.data_dir,
+            cell_tokens=settings.cell_tokens,
+            database_url=settings.database_url,
+            accept_damage=settings.accept_damage,
+        )
         self._stack.callback(store.close)
         for lost in store.lost:
             log.error("session is in the catalog but not in the log", tenant=lost.tenant, session=lost.session_id)
@@ -198,10 +204,16 @@ class Daemon:
         self.sessions = Sessions(self.desk, resolved.name, frozenset({resolved.name, settings.model}))
         self.conversations = Conversations(self.desk, self.sessions)
         self.keeper = Keeper(self.desk, self.sessions)
+        self.care = Care(self.desk, self.sessions)
+        self._stack.callback(self.care.close)
         await self._serve(credentials, principals, identity, profile)
         if settings.metrics_listen:
             self._stack.callback(serve_metrics(self.desk, settings.metrics_listen))
-        self._sweep = asyncio.create_task(self.keeper.sweep())
+        self._background.append(asyncio.create_task(self.keeper.sweep()))
+        if settings.scrub_bytes_per_second:
+            self._background.append(asyncio.create_task(self.care.scrub()))
+        if settings.collect_seconds:
+            self._background.append(asyncio.create_task(self.care.collect_now_and_then()))
 
     async def _serve(
         self,
@@ -215,7 +227,7 @@ class Daemon:
         interceptor = ErrorInterceptor()
         server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
         add_SessionsServicer_to_server(SessionsService(self.sessions, self.conversations, principals), server)
-        add_AdminServicer_to_server(AdminService(self.sessions, identity, profile, principals), server)
+        add_AdminServicer_to_server(AdminService(self.sessions, self.care, identity, profile, principals), server)
         self.health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         names = [
@@ -244,8 +256,8 @@ class Daemon:
         """NOT_SERVING, refuse new turns, let running ones end, persist, close."""
         if self.sessions is not None:
             await self.health.enter_graceful_shutdown()
-            if self._sweep:
-                self._sweep.cancel()
+            for task in self._background:
+                task.cancel()
             await self.keeper.drain(self.settings.drain_seconds)
         await self._stack.aclose()
 

@@ -69,6 +69,8 @@ class Sessions:
             raise BadRequest("a session starts with messages or token_ids, not both", field="token_ids")
         desk = self.desk
         record, batch = begin_session(desk, tenant, new, self.model_name)
+        if not desk.store.log.has_session(tenant, record.session_id):
+            desk.store.require_space()
         try:
             await asyncio.wrap_future(desk.store.log.write(batch))
         except SessionExists:
@@ -176,6 +178,14 @@ class Sessions:
             await self._purge(tenant, session_id)
 
         await self._if_due(tenant, session_id, _purgeable, purge)
+
+    async def purge_deleted(self, tenant: str, session_id: str) -> None:
+        """Erase a soft-deleted session before its time. One that is in use, or not deleted, is left."""
+
+        async def purge(live: Live) -> None:
+            await self._purge(tenant, session_id)
+
+        await self._if_due(tenant, session_id, lambda record, _: record.deleted_us is not None, purge)
 
     async def _if_due(
         self,

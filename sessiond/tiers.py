@@ -73,8 +73,12 @@ class Tiers:
         """
         last = min(cache.sealed, len(ids)) // self.cell_tokens
         hashes = prefix_hashes(tenant, self.identity_id, ids[: last * self.cell_tokens], self.cell_tokens)
+        with self.store.inflight.hold(KVOwner(tenant, "cell", prefix_hash).name for prefix_hash in hashes):
+            return self._write_unknown(tenant, hashes, cache, stop)
+
+    def _write_unknown(self, tenant: str, hashes: Sequence[bytes], cache: SessionCache, stop: threading.Event) -> int:
         known, _ = cell_refs(self.store, tenant, hashes)
-        todo = [cell for cell in range(last) if known[cell] is None]
+        todo = [cell for cell in range(len(hashes)) if known[cell] is None]
         written = 0
         for batch in _chunks(todo, 2 * self._workers):
             if stop.is_set():
@@ -121,6 +125,18 @@ class Tiers:
 
         `borrowed`: as SessionCache.borrowed.
         """
+        with self.store.inflight.hold([KVOwner(tenant, "tail", revision_id.encode()).name]):
+            return self._write_tail(tenant, revision_id, start, arrays, replaces, borrowed)
+
+    def _write_tail(
+        self,
+        tenant: str,
+        revision_id: str,
+        start: int,
+        arrays: Sequence[tuple[Any, Any]],
+        replaces: Sequence[str],
+        borrowed: int,
+    ) -> int:
         old, _ = tail_ref(self.store, tenant, revision_id)
         generation = old.generation + 1 if old else 1
         log, written = LogBatch(), 0

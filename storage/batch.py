@@ -74,6 +74,14 @@ class LogBatch:
         tokens = keys.record_key(tenant, keys.TOKENS, revision_id)
         self.ops.append(lambda txn: delete_range(txn, tokens))
 
+    def put_index(self, tenant: str, session_id: str, revision_id: str) -> None:
+        """Write a revision's index entry again."""
+        self._put(keys.record_key(tenant, keys.REVISION_INDEX, session_id, revision_id), {})
+
+    def delete_index(self, tenant: str, session_id: str, revision_id: str) -> None:
+        """Remove an index entry only."""
+        self._delete(keys.record_key(tenant, keys.REVISION_INDEX, session_id, revision_id))
+
     def put_request(self, record: RequestRecord) -> None:
         key = keys.record_key(record.tenant, keys.REQUEST, record.session_id, record.request_id)
         self._put(key, to_header(record))

@@ -15,6 +15,7 @@ from sessiond.storage.batch import delete_range
 from sessiond.storage.envelope import corrupt
 from sessiond.storage.environment import MAX_TXN_BYTES, Environment, EnvironmentStat, Op, WriteTxn
 from sessiond.storage.kv import KVOwner, KVRecord, open_record
+from sessiond.storage.scan import kv_owners
 from sessiond.types import Part
 
 Destination = Callable[[int, Part], NDArray[Any]]
@@ -28,6 +29,11 @@ class BlockStore:
     def __init__(self, env: Environment) -> None:
         self._env = env
         self._local = threading.local()
+
+    @property
+    def environment(self) -> Environment:
+        """What it is stored in, for the care of the store."""
+        return self._env
 
     def write(self, records: Iterable[tuple[bytes, bytes]]) -> Future[None]:
         """Store records (from encode_kv); the future resolves when all are durable.
@@ -89,13 +95,15 @@ class BlockStore:
         prefix = KVOwner(tenant, "tail", revision_id.encode()).every_generation
         return self._env.submit([lambda txn: delete_range(txn, prefix)], 0, frees=True)
 
+    def holds(self, owner: KVOwner) -> bool:
+        """Whether there is any record of `owner`."""
+        prefix = owner.prefix
+        with self._env.read() as txn, txn.cursor() as cursor:
+            return bool(cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix))
+
     def owners(self, tenant: str | None = None) -> Iterator[KVOwner]:
         """Every owner that has a record, in key order; each step is its own short transaction."""
-        prefix = b"" if tenant is None else keys.tenant_prefix(tenant)
-        at = prefix or b"\x01"
-        while (owner := self._next_owner(at, prefix)) is not None:
-            yield owner
-            at = keys.after(owner.prefix)
+        return kv_owners(self._env, b"" if tenant is None else keys.tenant_prefix(tenant))
 
     def stat(self) -> EnvironmentStat:
         return self._env.stat()
@@ -144,18 +152,6 @@ class BlockStore:
         if scratch is None or len(scratch) < out.nbytes:
             scratch = self._local.scratch = np.empty(max(out.nbytes, 1 << 16), np.uint8)
         record.decode(layer, out, scratch)
-
-    def _next_owner(self, at: bytes, prefix: bytes) -> KVOwner | None:
-        with self._env.read() as txn, txn.cursor() as cursor:
-            if not cursor.set_range(at):
-                return None
-            key = bytes(cursor.key())
-        if not key.startswith(prefix):
-            return None
-        tenant, kind, rest = keys.split(key)
-        name, fields = rest[1 : 1 + rest[0]], rest[1 + rest[0] :]
-        generation = int.from_bytes(fields[:8], "big")
-        return KVOwner(tenant, "cell" if kind == keys.KV_CELL else "tail", name, generation)
 
 
 def _put(key: bytes, value: bytes) -> Op:

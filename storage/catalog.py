@@ -150,18 +150,49 @@ class Catalog:
         after: tuple[str, str] | None = None
         seen: set[tuple[str, str]] = set()
         while page := log.sessions(None, after, _PAGE, on_corrupt):
-            self._correct([SessionRow.of(record) for record in page])
+            self.correct([SessionRow.of(record) for record in page])
             seen.update((record.tenant, record.session_id) for record in page)
             after = (page[-1].tenant, page[-1].session_id)
             if len(page) < _PAGE:
                 break
+        return sorted(key for key in self.session_keys() if key not in seen)
+
+    def session_keys(self) -> list[SessionKey]:
+        """Every session that has a row."""
         query = sa.select(sessions.c.tenant, sessions.c.session_id)
         with self._transaction() as connection:
-            known = [SessionKey(*row) for row in connection.execute(query)]
-        return sorted(key for key in known if key not in seen)
+            return [SessionKey(*row) for row in connection.execute(query)]
 
-    def _correct(self, rows: list[SessionRow]) -> None:
-        """Like upsert, but the log wins whatever generation SQL claims."""
+    def has_session(self, tenant: str, session_id: str) -> bool:
+        with self._transaction() as connection:
+            found = connection.execute(sa.select(sessions.c.generation).where(_is(sessions, tenant, session_id)))
+            return found.first() is not None
+
+    def lagging(self, rows: Sequence[SessionRow]) -> list[SessionRow]:
+        """Those of `rows` (made from the log) that are missing here, or differ."""
+        names = [column.name for column in sessions.columns]
+        stored: dict[SessionKey, dict[str, Any]] = {}
+        labels: dict[SessionKey, dict[str, str]] = {}
+        with self._transaction() as connection:
+            for at in range(0, len(rows), _CHUNK):
+                ids = [row.session_id for row in rows[at : at + _CHUNK]]
+                for found in connection.execute(sa.select(sessions).where(sessions.c.session_id.in_(ids))).mappings():
+                    stored[SessionKey(found["tenant"], found["session_id"])] = {name: found[name] for name in names}
+                query = sa.select(session_labels).where(session_labels.c.session_id.in_(ids))
+                for found in connection.execute(query).mappings():
+                    labels.setdefault(SessionKey(found["tenant"], found["session_id"]), {})[found["key"]] = found[
+                        "value"
+                    ]
+
+        def agrees(row: SessionRow) -> bool:
+            key = SessionKey(row.tenant, row.session_id)
+            expected = {name: getattr(row, name) for name in names}
+            return stored.get(key) == expected and labels.get(key, {}) == dict(row.labels)
+
+        return [row for row in rows if not agrees(row)]
+
+    def correct(self, rows: list[SessionRow]) -> None:
+        """Add or update from the log: like upsert, but the log wins whatever generation SQL claims."""
         with self._transaction() as connection:
             for tenant in sorted({row.tenant for row in rows}):
                 first_seen = min(row.created_us for row in rows if row.tenant == tenant)

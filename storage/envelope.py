@@ -24,6 +24,7 @@ MAX_PAYLOAD_BYTES = 256 << 20
 _PREFIX = struct.Struct("<4sBBBBIIQ")  # magic, major, minor, kind, zero, header, body, payload lengths
 _CHECKED = _PREFIX.size  # 24: what the checksum covers of the prefix
 HEAD_BYTES = _CHECKED + 16
+CHECKSUM = slice(_CHECKED, HEAD_BYTES)  # where the checksum stands in a value
 
 Json = dict[str, Any]
 
@@ -97,6 +98,11 @@ def corrupt(key: bytes, why: str) -> errors.RecordCorrupt:
     """The error for a damaged record, with its key in readable form."""
     name = readable(key)
     return errors.RecordCorrupt(f"record {name}: {why}", key=name, why=why)
+
+
+def checksum_of(key: bytes, value: memoryview) -> bytes:
+    """What the checksum of a value without payload should be, whatever it is."""
+    return _checksum(key, value[:_CHECKED], value[HEAD_BYTES:])
 
 
 def _checksum(key: bytes, prefix: bytes | memoryview, *rest: bytes | bytearray | memoryview) -> bytes:

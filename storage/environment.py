@@ -9,24 +9,30 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, cast
 
 import lmdb
 
 from sessiond import errors
-from sessiond.storage.failures import from_lmdb, is_out_of_space
+from sessiond.storage import space
+from sessiond.storage.compaction import FolderNotSyncedError, compact_file
+from sessiond.storage.failures import from_lmdb, may_be_out_of_space
+from sessiond.storage.mapfile import MapFile
+from sessiond.storage.mapfile import ReadTxn as ReadTxn
+from sessiond.storage.mapfile import WriteTxn as WriteTxn
+from sessiond.storage.tally import TalliedTxn, Tally, build_tally, read_tally
 
-LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
 QUEUED_BATCHES = 1024
 MAX_TXN_BYTES = 8 << 20
 DEFAULT_RESERVE_BYTES = 64 << 20
 _SPARE_BYTES = 1 << 20
 
-WriteTxn: TypeAlias = "lmdb.Transaction[bytes]"
-ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
+_RETRY_SECONDS = 10.0
+
+Tallied = Literal["no", "yes", "new", "accept"]
 Op = Callable[[WriteTxn], None]
 
 
@@ -51,56 +57,53 @@ class _Batch:
     done: Future[None]
 
 
+@dataclass(slots=True)
+class _Task:
+    """Something the writer does to the file as a whole, between two transactions."""
+
+    run: Callable[[], None]
+    done: Future[None]
+
+
 class Environment:
     """An open environment in the folder `path`.
 
-    Thread-safe. Must not be used across fork(). After a failed commit or fsync it takes no more writes
-    (StoreReadOnly) until reopened; reads go on.
+    Thread-safe. Must not be used across fork(). A commit that failed for want of space is refused (DiskFull) and so is
+    what follows, until there is space again. After any other failed commit or fsync no more writes are taken
+    (StoreReadOnly) until reopened. Reads go on in both cases. docs/decisions/0009-full-or-read-only.md.
     """
 
-    def __init__(self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES) -> None:
-        """Raises DataDirectoryReadOnly, DiskFull or StoreReadOnly if it cannot be opened."""
+    def __init__(
+        self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES, tallied: Tallied = "no"
+    ) -> None:
+        """Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened.
+
+        `tallied`: whether its records are summed up (tally.py) and their sum is proved here. "new" makes the sum if
+        there is none yet; "accept" makes it whatever was there before, and puts what was wrong into `damage`.
+        """
         self._path = path
         self._reserve_bytes = reserve_bytes
+        self.damage: errors.RecordCorrupt | None = None
+        self._map = MapFile(path, map_bytes)
         try:
-            os.makedirs(path, mode=0o700, exist_ok=True)  # lmdb.open would give the folder the file's mode
-            self._env = lmdb.open(
-                path, map_size=map_bytes, lib_version=LIB_VERSION, max_readers=1024, max_spare_txns=16,
-                writemap=False, sync=True, metasync=True, readahead=True, mode=0o600,
-            )  # fmt: skip
-            self._env.reader_check()  # readers of a killed daemon would pin old pages
-        except (lmdb.Error, OSError) as exc:
-            raise from_lmdb(exc, f"cannot open {os.path.basename(path)}", opening=True) from exc
-        self._queue: queue.Queue[_Batch | None] = queue.Queue(QUEUED_BATCHES)
+            self._tally = self._open_tally(tallied)
+        except BaseException:
+            self._map.close()
+            raise
+        self._queue: queue.Queue[_Batch | _Task | None] = queue.Queue(QUEUED_BATCHES)
         self._submit_lock = threading.Lock()
-        self._readers = 0
-        self._idle = threading.Condition()
         self._closed = False
         self._failed: BaseException | None = None
         self._commits = self._batches = 0
         self._writer = threading.Thread(target=self._run, name=f"writer-{os.path.basename(path)}", daemon=True)
         self._writer.start()
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[ReadTxn]:
+    def read(self) -> contextlib.AbstractContextManager[ReadTxn]:
         """A read transaction whose values are memoryviews, valid inside the `with` block only.
 
         Keep the block short: a pinned reader makes the file grow. Raises Draining after close().
         """
-        with self._idle:
-            if self._closed:
-                raise errors.Draining("the store is closed")
-            self._readers += 1
-        try:
-            with self._env.begin(buffers=True) as txn:
-                yield txn
-        except lmdb.Error as exc:
-            raise from_lmdb(exc, "read failed") from exc
-        finally:
-            with self._idle:
-                self._readers -= 1
-                if self._closed:
-                    self._idle.notify_all()
+        return self._map.read()
 
     def submit(self, ops: Sequence[Op], n_bytes: int, *, frees: bool = False) -> Future[None]:
         """Queue one atomic batch; blocks while the queue is full.
@@ -117,22 +120,32 @@ class Environment:
             self._queue.put(_Batch(ops, n_bytes, frees, done))
         return done
 
+    def compact(self) -> Future[None]:
+        """Queue a copy without free pages, which takes the file's place (compaction.py); what is written next waits.
+
+        The future fails with DiskFull if there is no room for it, StoreReadOnly. Raises Draining after close().
+        """
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()
+        with self._submit_lock:
+            if self._closed:
+                raise errors.Draining("the store is closed")
+            self._queue.put(_Task(lambda: compact_file(self._map, self._reserve_bytes), done))
+        return done
+
     def close(self) -> None:
         """Write what is queued, wait for readers, close. Idempotent."""
         with self._submit_lock:
             if self._closed:
                 return
-            with self._idle:
-                self._closed = True
+            self._closed = True
             self._queue.put(None)
         self._writer.join()
-        with self._idle:
-            self._idle.wait_for(lambda: self._readers == 0)
-        self._env.close()
+        self._map.close()
 
     def stat(self) -> EnvironmentStat:
         with self.read() as txn:
-            tree, info = txn.stat(self._env.open_db(None, txn)), self._env.info()
+            tree, info = txn.stat(self._map.env.open_db(None, txn)), self._map.env.info()
         pages = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"]
         return EnvironmentStat(
             entries=tree["entries"],
@@ -146,22 +159,24 @@ class Environment:
 
     def free_bytes(self) -> int:
         """Free space of the file system that holds the environment."""
-        fs = os.statvfs(self._path)
-        return fs.f_bavail * fs.f_frsize
+        return space.free_bytes(self._path)
 
     @property
     def read_only(self) -> bool:
-        """True after a failed commit."""
+        """True once a commit failed for another reason than want of space."""
         return self._failed is not None
 
     def _run(self) -> None:
-        carried: _Batch | None = None
+        carried: _Batch | _Task | None = None
         stopping = False
         while carried is not None or not stopping:
             first = carried if carried is not None else self._queue.get()
             carried = None
             if first is None:
                 return
+            if isinstance(first, _Task):
+                self._perform(first)
+                continue
             group, size = [first], first.n_bytes
             while not stopping:
                 try:
@@ -170,7 +185,7 @@ class Environment:
                     break
                 if more is None:
                     stopping = True
-                elif size + more.n_bytes > MAX_TXN_BYTES:
+                elif isinstance(more, _Task) or size + more.n_bytes > MAX_TXN_BYTES:
                     carried = more
                     break
                 else:
@@ -180,6 +195,19 @@ class Environment:
                 self._commit(group)
             except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
                 self._fail([batch for batch in group if not batch.done.done()], exc)
+
+    def _perform(self, task: _Task) -> None:
+        try:
+            if self._failed is not None:
+                raise errors.StoreReadOnly(f"an earlier write failed ({self._failed}); restart the daemon")
+            task.run()
+        except FolderNotSyncedError as exc:
+            self._failed = exc  # which of the two files is there after a power loss is not known: write to neither
+            task.done.set_exception(errors.StoreReadOnly(f"compacting failed: {exc}; the store is read-only"))
+        except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
+            task.done.set_exception(exc)
+        else:
+            task.done.set_result(None)
 
     def _commit(self, group: list[_Batch]) -> None:
         if self._failed is not None:
@@ -191,22 +219,29 @@ class Environment:
         if not group:
             return
         try:
-            txn = self._env.begin(write=True)
+            txn = self._map.env.begin(write=True)
         except lmdb.Error as exc:
             self._fail(group, exc)
             return
-        outcomes = [(batch, self._apply(txn, batch)) for batch in group]
+        total = self._tally.total if self._tally else 0
+        outcomes = []
+        for batch in group:
+            error, change = self._apply(txn, batch)
+            outcomes.append((batch, error))
+            total += change
         try:
-            self._commit_applied(txn, [batch for batch, error in outcomes if error is None])
+            self._commit_applied(txn, [batch for batch, error in outcomes if error is None], total % (1 << 128))
         finally:
             # Told only now: a refusal may rest on what another batch of this group wrote, which must be there to read.
             for batch, error in outcomes:
                 if error is not None:
                     batch.done.set_exception(error)
 
-    def _commit_applied(self, txn: WriteTxn, applied: list[_Batch]) -> None:
+    def _commit_applied(self, txn: WriteTxn, applied: list[_Batch], total: int) -> None:
         try:
             if applied:
+                if self._tally:
+                    self._tally.write(txn, total)
                 txn.commit()
             else:
                 txn.abort()
@@ -218,22 +253,42 @@ class Environment:
         except lmdb.Error as exc:
             self._fail(applied, exc)
             return
+        if self._tally:
+            self._tally.total = total
         self._commits += 1
         self._batches += len(applied)
         for batch in applied:
             batch.done.set_result(None)
 
-    def _apply(self, parent: WriteTxn, batch: _Batch) -> Exception | None:
-        """Run one batch in a nested transaction, so that its failure is its own; returns it."""
-        txn = self._env.begin(write=True, parent=parent)
+    def _apply(self, parent: WriteTxn, batch: _Batch) -> tuple[Exception | None, int]:
+        """Run one batch in a nested transaction, so that its failure is its own; returns it, and the tally's change."""
+        txn = self._map.env.begin(write=True, parent=parent)
+        view = TalliedTxn(txn)
+        acted_on = cast(WriteTxn, view) if self._tally else txn
         try:
             for op in batch.ops:
-                op(txn)
+                op(acted_on)
             txn.commit()
         except Exception as exc:  # noqa: BLE001 - as any executor does: the submitter gets it
             txn.abort()
-            return from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc
-        return None
+            return from_lmdb(exc, "write failed") if isinstance(exc, lmdb.Error) else exc, 0
+        return None, view.change
+
+    def _open_tally(self, tallied: Tallied) -> Tally | None:
+        if tallied == "no":
+            return None
+        try:
+            found = read_tally(self._map, may_lack=tallied == "new")
+        except errors.RecordCorrupt as exc:
+            if tallied != "accept":
+                raise
+            self.damage, found = exc, None
+        try:
+            return found or build_tally(self._map)
+        except errors.RecordCorrupt:
+            if tallied != "accept":
+                raise
+            return None  # not even readable as a whole: what can be read is served, and the next start refuses again
 
     def _low_on_space(self, reserve_bytes: int) -> bool:
         try:
@@ -243,7 +298,7 @@ class Environment:
 
     def _reusable_bytes(self) -> int:
         """Freed pages inside the file, which a write may take without growing it."""
-        tree, info = self._env.stat(), self._env.info()
+        tree, info = self._map.env.stat(), self._map.env.info()
         used = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"]
         return int((info["last_pgno"] + 1 - used) * tree["psize"])
 
@@ -259,16 +314,31 @@ class Environment:
                 kept.append(batch)
             else:
                 why = f"less than {self._reserve_bytes} bytes of disk are free"
-                batch.done.set_exception(errors.DiskFull(why, retry_after=10.0))
+                batch.done.set_exception(errors.DiskFull(why, retry_after=_RETRY_SECONDS))
         return kept
 
     def _fail(self, group: list[_Batch], exc: Exception) -> None:
-        # A failed fsync is never retried: the kernel may have dropped the pages it could not write.
-        self._failed = exc
-        # LMDB 0.9 calls a short write EIO, so look whether there is space.
-        full = is_out_of_space(exc) or self._low_on_space(self._reserve_bytes + MAX_TXN_BYTES)
+        """A transaction was not committed. Tell why, and whether the next one may be tried."""
+        enough = self._reserve_bytes + _SPARE_BYTES + sum(batch.n_bytes for batch in group)
+        full = may_be_out_of_space(exc) and space.is_short(self._path, enough)
+        if not full:
+            # A failed fsync is never retried: the kernel may have dropped the pages it could not write.
+            self._failed = exc
+        trouble = self._leave_panic()
         for batch in group:
-            error = errors.DiskFull if full else errors.StoreReadOnly
-            failure = error(f"commit failed: {exc}; the store is read-only until restart")
+            failure: errors.SessiondError
+            if full:
+                failure = errors.DiskFull(f"commit failed: {exc}{trouble}", retry_after=_RETRY_SECONDS)
+            else:
+                failure = errors.StoreReadOnly(f"commit failed: {exc}; the store is read-only until restart{trouble}")
             failure.__cause__ = exc
             batch.done.set_exception(failure)
+
+    def _leave_panic(self) -> str:
+        """Open the file again if LMDB refuses everything since the failure; what went wrong with that, if it did."""
+        try:
+            if self._map.in_panic():
+                self._map.reopen()
+        except errors.SessiondError as exc:
+            return f"; then {exc}"
+        return ""

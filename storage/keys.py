@@ -23,6 +23,7 @@ TAIL_REF = 0x6C
 PIN = 0x66
 IDENTITY = 0x69
 PROFILE = 0x70
+TALLY = 0x61
 KV_CELL = 0x43
 KV_TAIL = 0x54
 
@@ -38,6 +39,7 @@ KIND_NAMES = {
     PIN: "pin",
     IDENTITY: "identity",
     PROFILE: "profile",
+    TALLY: "tally",
     KV_CELL: "kv-cell",
     KV_TAIL: "kv-tail",
 }

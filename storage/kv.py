@@ -50,6 +50,11 @@ class KVOwner:
         """Start of the keys of all records of this and any other generation."""
         return self.prefix[:-8]
 
+    @property
+    def name(self) -> bytes:
+        """What a writer holds in `InFlight`: one name for all generations of a tail."""
+        return self.every_generation
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedKV:
@@ -75,6 +80,12 @@ class KVRecord:
     itemsize: int
     table: memoryview
     payload: memoryview
+
+    def check_frames(self) -> None:
+        """Check every frame's checksum without decoding it. Raises RecordCorrupt."""
+        for i, (offset, length, digest) in enumerate(_ENTRY.iter_unpack(self.table)):
+            if not _authentic(self.payload[offset : offset + length], digest):
+                raise envelope.corrupt(self.key, f"checksum mismatch in layer {self.first_layer + i}")
 
     def decode(self, layer: int, out: NDArray[Any], scratch: NDArray[np.uint8]) -> None:
         """Check and decode `layer` into `out` [G, n, D], through `scratch` if `out` is strided.

@@ -28,6 +28,11 @@ class LogStore:
     def __init__(self, env: Environment) -> None:
         self._env = env
 
+    @property
+    def environment(self) -> Environment:
+        """What it is stored in, for the care of the store."""
+        return self._env
+
     def write(self, batch: LogBatch) -> Future[None]:
         """Queue an atomic change; the future resolves when it is durable (see Environment.submit)."""
         return self._env.submit(batch.ops, batch.n_bytes, frees=batch.frees)
@@ -38,6 +43,11 @@ class LogStore:
         if record is None:
             raise errors.SessionNotFound(f"no session {session_id}")
         return record
+
+    def has_session(self, tenant: str, session_id: str) -> bool:
+        """Whether there is a record, readable or not."""
+        with self._env.read() as txn:
+            return txn.get(keys.record_key(tenant, keys.SESSION, session_id)) is not None
 
     def sessions(
         self,

@@ -724,7 +724,7 @@ class VerifySummary(_message.Message):
     cells_recomputed: _builtins.int
     """Sealed cells computed again."""
     cells_other_profile: _builtins.int
-    """Of those, cells that were not checked for bit-equality because another numerics profile made them."""
+    """Cells of the sample that another numerics profile made: computing them again could not tell, so it was not done."""
     repaired: _builtins.int
     """Findings repaired."""
     milliseconds: _builtins.float

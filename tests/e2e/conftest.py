@@ -30,7 +30,8 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Te
 @pytest.fixture
 def settings(chat_model: Path, tmp_path: Path) -> dict[str, Any]:
     """What every daemon of a test starts with; a test may change it before."""
-    return {"model": str(chat_model), "data_dir": tmp_path / "data", "listen": "127.0.0.1:0", "threads": 1}
+    settings = {"model": str(chat_model), "data_dir": tmp_path / "data", "listen": "127.0.0.1:0", "threads": 1}
+    return {**settings, "scrub_bytes_per_second": 0}  # damage is to be found by what the test looks at
 
 
 @pytest.fixture

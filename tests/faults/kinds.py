@@ -10,7 +10,8 @@ class Kind:
     """One module with `run(count, seed, scratch) -> Outcome`.
 
     A column is cut into chunks of at most `chunk` trials, each with its own seed and its own process, so a run may
-    fork and may be killed. `slice`, `ci` and `release` count trials. With `alone`, no other chunk runs beside it.
+    fork and may be killed. `slice`, `ci` and `release` count trials. With `alone`, no other chunk runs beside it. With
+    `in_memory`, its folder is on a tmpfs if there is one: for kinds that do not depend on what the disk does.
     """
 
     name: str
@@ -20,10 +21,20 @@ class Kind:
     release: int
     chunk: int
     alone: bool = False
+    in_memory: bool = False
     timeout_s: float = 900.0
 
 
-KINDS: tuple[Kind, ...] = (Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),)
+KINDS: tuple[Kind, ...] = (
+    Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),
+    Kind("store_power", "store_power", slice=8, ci=150, release=2_000, chunk=25, in_memory=True),
+    Kind("store_disk_full", "store_disk_full", slice=6, ci=50, release=500, chunk=25),
+    Kind("store_io_error", "store_io_error", slice=40, ci=600, release=6_000, chunk=100, in_memory=True),
+    Kind(
+        "store_bit_flips", "store_bit_flips", slice=10_000, ci=100_000, release=1_000_000, chunk=10_000, in_memory=True
+    ),
+    Kind("store_pages", "store_pages", slice=400, ci=10_000, release=100_000, chunk=1_000, in_memory=True),
+)
 
 BY_NAME = {kind.name: kind for kind in KINDS}
 COLUMNS = ("slice", "ci", "release")

@@ -22,6 +22,8 @@ def run_chunk(name: str, count: int, seed: int, scratch: Path | None = None, var
     `variant` names a negative control: the module's `run` then has that defence switched off. A chunk that dies or
     hangs is a failure, not an exception.
     """
+    if BY_NAME[name].in_memory and os.access("/dev/shm", os.W_OK):
+        scratch = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=scratch, prefix=f"{name}-") as folder:
         command = [sys.executable, "-P", str(HERE / "trials.py"), name, str(count), str(seed), folder, variant]
         try:

@@ -7,6 +7,7 @@ After a restart the newest session goes on where the log says it stands.
 
 from __future__ import annotations
 
+import contextlib
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -24,13 +25,14 @@ from script import (
 )
 
 from sessiond import errors
-from sessiond.storage import keys
+from sessiond.storage import envelope, keys
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.codec import ExponentPlanes
 from sessiond.storage.kv import KVOwner, encode_kv, kv_digest
 from sessiond.storage.records import CellRef, RequestRecord, RevisionRecord, SessionRecord, TailRef
 from sessiond.storage.rows import QuotaRow, SessionRow
 from sessiond.storage.store import Store
+from sessiond.types import Part
 
 CODEC = ExponentPlanes()
 
@@ -42,6 +44,7 @@ class Workload:
         self.store = store
         self.oracle = oracle
         self.script = Script(seed)
+        self._n_bulk = 0
 
     def run(self, n_sessions: int) -> None:
         numbers = [int(name[1:]) for name in self.store.log.ids(TENANT, keys.SESSION)]
@@ -49,17 +52,18 @@ class Workload:
         for session in range(first, first + n_sessions):
             self.play(session)
 
-    def play(self, session: int) -> None:
-        """One session from where it stands to its end."""
+    def play(self, session: int, turns: int = TURNS) -> None:
+        """One session from where it stands to its end, or to its first `turns` turns."""
         try:
             self.store.log.session(TENANT, session_id(session))
         except errors.SessionNotFound:
             self._create(session)
-        for turn in range(TURNS):
+            self._compact()
+        for turn in range(turns):
             request = self.store.log.request(TENANT, session_id(session), request_id(session, turn))
             if request is None or request.state == "running":
                 self._turn(session, turn, request is not None)
-        if session >= KEPT_SESSIONS:
+        if turns == TURNS and session >= KEPT_SESSIONS:
             self._purge(session - KEPT_SESSIONS)
 
     def _create(self, session: int) -> None:
@@ -193,6 +197,30 @@ class Workload:
             self.store.blocks.delete(KVOwner(TENANT, "cell", name)).result()
         for revision in revisions:
             self.store.blocks.delete_tails(TENANT, revision.revision_id).result()
+
+    def _compact(self) -> None:
+        """Copies without free pages take both files' places. For want of space it may be refused."""
+        for environment in (self.store.log.environment, self.store.blocks.environment):
+            with contextlib.suppress(errors.DiskFull):
+                environment.compact().result()
+
+    def bulk(self) -> None:
+        """A record of 200 KB in `blocks`, as KV that no reference names yet."""
+        name = b"bulk%d" % self._n_bulk
+        self._n_bulk += 1
+        key = keys.kv_key(KVOwner(TENANT, "cell", name).prefix, 0, Part.K, 0)
+        self.store.blocks.write([(key, envelope.pack(key, {}, bytes(200_000)))]).result()
+
+    def delete_bulk(self) -> None:
+        while self._n_bulk:
+            self.store.blocks.delete(KVOwner(TENANT, "cell", b"bulk%d" % (self._n_bulk - 1))).result()
+            self._n_bulk -= 1
+
+    def purge_oldest(self) -> None:
+        """Purge a session before its time; the newest one stays."""
+        present = sorted(int(name[1:]) for name in self.store.log.ids(TENANT, keys.SESSION))
+        if len(present) > 1:
+            self._purge(present[0])
 
     def _session(self, session: int) -> SessionRecord:
         return self.store.log.session(TENANT, session_id(session))

@@ -1,0 +1,74 @@
+"""Giving free pages back: LMDB files never shrink, so a copy without them takes the file's place.
+
+    copy -> fsync -> readers leave -> close -> rename -> fsync of the folder -> open -> readers come back
+
+A death before the rename leaves the old file and a copy that the next open removes; after it, the new one. The writer
+does all this itself, so nothing is written meanwhile; readers wait for the part between close and open only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import lmdb
+
+from sessiond import errors
+from sessiond.storage import space
+from sessiond.storage.directory import sync_folder
+from sessiond.storage.failures import from_lmdb, from_os
+from sessiond.storage.mapfile import COMPACT_NAME, MapFile
+
+_RETRY_SECONDS = 10.0
+
+
+class FolderNotSyncedError(Exception):
+    """The new file is in place, but its name may not survive a power loss."""
+
+
+def compact_file(file: MapFile, reserve_bytes: int) -> None:
+    """Replace the file by a compact copy. On the writer's thread, between two transactions.
+
+    Raises DiskFull, before anything is written, if the copy would leave less than `reserve_bytes` free. What else is
+    raised leaves the old file in use; FolderNotSyncedError the new one.
+    """
+    copy = os.path.join(file.path, COMPACT_NAME)
+    tree = file.env.stat()
+    pages = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] + 2
+    wanted = pages * tree["psize"]
+    if (free := space.free_bytes(file.path)) < wanted + reserve_bytes:
+        why = f"the compact copy takes {wanted} bytes, and {reserve_bytes} are kept in reserve, but {free} are free"
+        raise errors.DiskFull(why, retry_after=_RETRY_SECONDS, wanted_bytes=wanted, free_bytes=free)
+    try:
+        _write_copy(file, copy)
+        file.reopen(lambda: _replace(copy, file.path))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(copy)
+        raise
+
+
+def _write_copy(file: MapFile, copy: str) -> None:
+    """Make the copy durable under a name of its own."""
+    try:
+        fd = os.open(copy, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            file.env.copyfd(fd, compact=True)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except lmdb.Error as exc:
+        raise from_lmdb(exc, "cannot write a compact copy") from exc
+    except OSError as exc:
+        raise from_os(exc, "cannot write a compact copy") from exc
+
+
+def _replace(copy: str, folder: str) -> None:
+    try:
+        os.replace(copy, os.path.join(folder, "data.mdb"))
+    except OSError as exc:
+        raise from_os(exc, "cannot replace the file by its compact copy") from exc
+    try:
+        sync_folder(folder)
+    except OSError as exc:
+        raise FolderNotSyncedError(str(exc)) from exc
