@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from e2e_daemon import Daemons, Gate, Peer, peer_of, recorded, refused
 from e2e_model import write_chat_model
 from grpc import StatusCode
 from test_e2e_branches import rollback
+from test_e2e_care import verify
 from typer.testing import CliRunner
 
 from sessiond.cli_app import app
 from sessiond.clients.errors import ResourceExhaustedError
+from sessiond.collector import collect
 from sessiond.errors import DiskFull, StoreReadOnly
 from sessiond.server import Daemon
 from sessiond.storage import keys
@@ -346,6 +350,58 @@ class TestATree:
             await export(peer, session, revision_id=head)
         with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
             await export(peer, "nobody")
+
+
+def collecting(daemon: Daemon, patch: pytest.MonkeyPatch) -> list[int]:
+    """Let the collector run before the next write to the log; how many things it erased comes into the list."""
+    store, collected = daemon.desk.store, []
+    write = store.log.write
+
+    def collect_first(batch: Any) -> Any:
+        patch.setattr(store.log, "write", write)
+        with ThreadPoolExecutor(1) as beside:
+            collected.append(beside.submit(collect, store, lambda: None).result())
+        return write(batch)
+
+    patch.setattr(store.log, "write", collect_first)
+    return collected
+
+
+class TestTheCareOfTheStore:
+    async def test_finds_nothing_wrong_with_an_imported_tree(self, peer: Peer, other: Peer):
+        session = await talked(peer, TEXT, "Left")
+        await rollback(peer, session, (await peer.revisions(session))[1].revision_id)
+        await peer.turn(session, DOCUMENT, max_tokens=20)
+        await peer.settled(session)
+        await import_(other, (await export(peer, session, all_revisions=True))[0])
+        findings, summary = await verify(other)
+        assert not findings
+        assert summary.records > 0
+
+    async def test_collects_nothing_of_an_import_that_is_under_way(
+        self, peer: Peer, other: Peer, away: Daemon, monkeypatch
+    ):
+        """KV is durable before the session: in between it looks like garbage."""
+        session = await talked(peer)
+        archive, _ = await export(peer, session)
+        with monkeypatch.context() as patch:
+            collected = collecting(away, patch)
+            imported = (await import_(other, archive)).session.session_id
+        assert collected == [0]
+        here = await peer.turn(session, "Go on", max_tokens=LONG)
+        there = await other.turn(imported, "Go on", max_tokens=LONG)
+        assert (there.ids, there.restored.tokens_recomputed) == (here.ids, 0)
+
+    async def test_would_collect_it_if_it_were_not_held(self, peer: Peer, other: Peer, away: Daemon, monkeypatch):
+        """The defence switched off."""
+        archive, _ = await export(peer, await talked(peer))
+        with monkeypatch.context() as patch:
+            patch.setattr(away.desk.store.inflight, "hold", lambda names: contextlib.nullcontext())
+            collected = collecting(away, patch)
+            imported = (await import_(other, archive)).session.session_id
+        there = await other.turn(imported, "Go on", max_tokens=4)
+        assert collected[0] > 0
+        assert there.restored.tokens_recomputed > 0
 
 
 class TestWhatAnArchiveClaimsOfItsKV:
