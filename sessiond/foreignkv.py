@@ -17,6 +17,7 @@ from sessiond.history import History
 from sessiond.references import cell_refs
 from sessiond.segments import parent_segment, segment_ends
 from sessiond.storage.archive import ArchiveReader, Block, corrupt, malformed
+from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import SPAN_TOKENS, KVOwner, LayerArrays, encode_kv, kv_digest
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import RevisionRecord, TailRef
@@ -111,6 +112,7 @@ class TailWriter:
         self.reader = reader
         self.profiles = profiles
         self.cells_fit = cells_fit  # the archive's cells are as long as ours: a long input may build on them
+        self.codec = codec_for(tiers.shape.dtype)
         self.written: list[KVOwner] = []
 
     def write(self, found: ForeignKV, history: History, revisions: list[RevisionRecord]) -> list[TailRef]:
@@ -150,7 +152,7 @@ class TailWriter:
         raw = coded = 0
         durable: Future[None] | None = None
         for start, arrays in self._runs(pieces):
-            encoded = encode_kv(owner, start, arrays, codec=tiers.codec, part_of_more=True)
+            encoded = encode_kv(owner, start, arrays, codec=self.codec, part_of_more=True)
             if durable is not None:  # one block is coded while another is written, no more
                 durable.result()
             durable = tiers.store.blocks.write(encoded.records)

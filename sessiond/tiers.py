@@ -31,7 +31,7 @@ class Tiers:
         self.store = store
         self.shape = shape
         self.capacity = capacity
-        self.codec = codec_for(shape.dtype)
+        self._codec = codec_for(shape.dtype)
         self.identity_id = identity_id
         self.profile_id = profile_id
         self.cell_tokens = store.cell_tokens
@@ -63,7 +63,7 @@ class Tiers:
         frame = np.zeros((1, 8, 8), np.uint32 if self.shape.itemsize == 4 else np.uint16)
         probe = [(frame, frame)] * 2
         owner = KVOwner("default", "cell", b"warm-up")
-        list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self.codec), range(2 * self._workers)))
+        list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self._codec), range(2 * self._workers)))
         self.memory.map_spare(spare_bytes)
 
     def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event) -> int:
@@ -97,7 +97,7 @@ class Tiers:
     ) -> tuple[CellRef, Future[None]]:
         start = cell * self.cell_tokens
         owner = KVOwner(tenant, "cell", prefix_hash)
-        coded = encode_kv(owner, start, cache.arrays(Span(start, start + self.cell_tokens)), codec=self.codec)
+        coded = encode_kv(owner, start, cache.arrays(Span(start, start + self.cell_tokens)), codec=self._codec)
         ref = CellRef(
             tenant=tenant,
             prefix_hash=prefix_hash,
@@ -142,7 +142,7 @@ class Tiers:
         log, written = LogBatch(), 0
         if arrays and arrays[0][0].shape[1]:
             coded = encode_kv(
-                KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays, codec=self.codec
+                KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays, codec=self._codec
             )
             self.store.blocks.write(coded.records).result()
             length = arrays[0][0].shape[1]

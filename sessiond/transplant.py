@@ -72,8 +72,8 @@ def transplant(
             n_generated=len(told.ids) - told.n_prompt,
             finish_reason=told.finish_reason,
             aborted=told.aborted,
-            # Listed by time: a child is never older than its parent.
-            created_us=max(told.created_us, parent.created_us + 1) if parent else told.created_us,
+            # Listed by time: a child is never older than its parent, and nothing is newer than now by more than that.
+            created_us=max(min(told.created_us, now), parent.created_us + 1 if parent else 0),
             request_id=told.request_id,
             usage=told.usage,
             extra=own,

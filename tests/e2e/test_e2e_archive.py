@@ -74,6 +74,7 @@ class TestAnImportedSession:
         before = await peer.get(session)
         assert done.tokens == header.n_tokens == before.token_count
         assert done.tokens_with_kv == header.tokens_with_kv == before.token_count - 1
+        assert header.estimated_bytes == pytest.approx(len(archive), rel=0.1)
         assert dict(done.session.labels) == {"from": "afar"}
         assert done.session.session_id != session
         assert done.session.head_revision_id != before.head_revision_id
