@@ -39,8 +39,6 @@ class TestWhatALaterVersionWillServe:
         [
             ("sessions", "ExplainTurn", pb.ExplainTurnRequest(session_id="x")),
             ("admin", "WatchStats", admin_pb2.WatchStatsRequest()),
-            ("admin", "VerifyStore", admin_pb2.VerifyStoreRequest()),
-            ("admin", "CompactStore", admin_pb2.CompactStoreRequest()),
             ("admin", "DrainServer", admin_pb2.DrainServerRequest()),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
