@@ -121,7 +121,7 @@ class Tiers:
         replaces: Sequence[str],
     ) -> int:
         """Make provisional KV of a revision durable, then drop the tails of `replaces`. Returns bytes written."""
-        with self.store.inflight.hold([KVOwner(tenant, "tail", revision_id.encode()).name]):
+        with self.store.inflight.hold(KVOwner(tenant, "tail", one.encode()).name for one in (revision_id, *replaces)):
             return self._write_tail(tenant, revision_id, start, arrays, replaces)
 
     def _write_tail(

@@ -41,8 +41,6 @@ class TestWhatALaterVersionWillServe:
             ("sessions", "ExportSession", pb.ExportSessionRequest(session_id="x")),
             ("sessions", "ImportSession", iter([pb.ImportSessionRequest()])),
             ("admin", "WatchStats", admin_pb2.WatchStatsRequest()),
-            ("admin", "VerifyStore", admin_pb2.VerifyStoreRequest()),
-            ("admin", "CompactStore", admin_pb2.CompactStoreRequest()),
             ("admin", "DrainServer", admin_pb2.DrainServerRequest()),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
