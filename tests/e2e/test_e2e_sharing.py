@@ -221,9 +221,10 @@ class TestAForkOfAHotSession:
         await say(peer, session, "And?")
         first, second = [revision.revision_id for revision in await peer.revisions(session)][1:]
         await rollback(peer, session, first)
-        await peer.settled(session)
         log = daemon.desk.store.log
-        assert log.tail_ref("default", first)
+        async with asyncio.timeout(PATIENCE):
+            while log.tail_ref("default", first) is None:  # noqa: ASYNC110 - written behind
+                await asyncio.sleep(0.02)
         branch = (await fork(peer, session, second)).session_id
         await say(peer, branch, "So?")
         assert log.tail_ref("default", first)
