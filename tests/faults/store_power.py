@@ -1,6 +1,6 @@
 """Power loss at a random instant, on a file system that forgets what was not synced; several in a row on one directory.
 
-Both databases lie on it, LMDB and SQLite. Negative controls: `lmdb_no_sync`, `sqlite_no_sync`.
+Both databases lie on it, LMDB and SQLite. Negative controls: `lmdb_no_sync`, `sqlite_no_sync`, `names_not_synced`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from outcome import Outcome
 from volatile import power_loss
 from workload import Workload
 
-from sessiond.storage import database
+from sessiond.storage import database, directory, mapfile
 from sessiond.storage.store import Store
 
 IN_A_ROW = 5
@@ -107,5 +107,8 @@ def switch_off(defence: str) -> None:
         from sessiond.storage import catalog
 
         catalog.open_sqlite = unsynced  # type: ignore[attr-defined]
+    elif defence == "names_not_synced":
+        for module in (directory, mapfile):
+            module.sync_folder = lambda _: None  # type: ignore[attr-defined]
     elif defence:
         raise ValueError(defence)
