@@ -9,27 +9,48 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from mmap import mmap
 
 from sessiond import errors
 
+META_AT = 16  # behind the page's header
+# magic, version, address, map size; page size, flags, depth, 4 counts, root of the free list; the same of the records;
+# last page, transaction
+META = struct.Struct("<IIQQ" + 2 * "IHHQQQQQ" + "QQ")
 _MAGIC = 0xBEEFC0DE
-_PAGE_HEADER = 16
-_META = struct.Struct("<IIQQI92xQQ")  # magic, version, address, map size, page size, both trees, last page, transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    page_bytes: int
+    trees: Sequence[tuple[int, int]]  # root page and depth: free list, records
+    last_page: int
+    transaction: int
+
+
+def newest_meta(data: bytes | mmap) -> Meta:
+    """The state that LMDB opens. Raises RecordCorrupt if a meta page is damaged or stale."""
+    first = _parse(data, 0)
+    second = _parse(data, first.page_bytes)
+    if abs(first.transaction - second.transaction) > 1:
+        why = f"meta pages are of transactions {first.transaction} and {second.transaction}: one of them is stale"
+        raise errors.RecordCorrupt(why, key="meta", why=why)
+    return max(first, second, key=lambda meta: meta.transaction)
 
 
 def check_meta_pages(folder: str) -> None:
-    """Raises RecordCorrupt if they do not follow each other, and OSError."""
+    """`newest_meta` of the file in `folder`; raises OSError too."""
     with open(os.path.join(folder, "data.mdb"), "rb") as file:
-        first = _read(file.read(_PAGE_HEADER + _META.size))
-        file.seek(first[4] + _PAGE_HEADER)
-        second = _META.unpack(file.read(_META.size))
-    if second[0] != _MAGIC or abs(first[-1] - second[-1]) > 1:
-        why = f"its meta pages are of transactions {first[-1]} and {second[-1]}: one of them is stale"
-        raise errors.RecordCorrupt(f"{os.path.basename(folder)}: {why}", key=os.path.basename(folder), why=why)
+        newest_meta(file.read(2 << 16))
 
 
-def _read(raw: bytes) -> tuple[int, ...]:
-    meta = _META.unpack(raw[_PAGE_HEADER:])
-    if meta[0] != _MAGIC or not 512 <= meta[4] <= 65536:
-        raise errors.RecordCorrupt("the first meta page is damaged", key="meta")
-    return meta
+def _parse(data: bytes | mmap, page: int) -> Meta:
+    if len(data) < page + META_AT + META.size:
+        raise errors.RecordCorrupt("the file ends within its meta pages", key="meta")
+    magic, _, _, _, page_bytes, _, free_depth, *rest = META.unpack_from(data, page + META_AT)
+    free_root, (_, _, depth), root, last_page, transaction = rest[4], rest[5:8], rest[12], rest[13], rest[14]
+    if magic != _MAGIC or not 512 <= page_bytes <= 65536:
+        raise errors.RecordCorrupt("a meta page is damaged", key="meta")
+    return Meta(page_bytes, ((free_root, free_depth), (root, depth)), last_page, transaction)

@@ -77,3 +77,7 @@ def test_without_checksums_damaged_pages_go_unnoticed(run_control):
 
 def test_without_a_tally_stale_pages_go_unnoticed(run_control):
     assert run_control("store_pages", "no_tally", 240).silent_corruptions > 0
+
+
+def test_without_a_look_at_tree_pages_damaged_ones_end_the_process(run_control):
+    assert run_control("store_pages", "no_structure", 120).counts["crashed"] > 0
