@@ -27,6 +27,10 @@ def folder(tmp_path):
     return folder
 
 
+def put(txn, i):
+    txn.put(b"%06d" % i, bytes(9000 if i % 100 == 0 else 40))
+
+
 def pages(folder, flag):
     data = (folder / "data.mdb").read_bytes()
     return [n for n in range(2, len(data) // PAGE) if struct.unpack_from("<QHH", data, n * PAGE)[::2] == (n, flag)]
@@ -42,8 +46,7 @@ def refused(folder):
     try:
         check_structure(str(folder), "; a hint")
     except errors.RecordCorrupt as exc:
-        assert "; a hint" in exc.message
-        return True
+        return "; a hint" in exc.message
     return False
 
 
