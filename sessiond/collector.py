@@ -183,15 +183,12 @@ def _kv(store: Store, pause: Pause, *, erase: bool) -> Iterator[Finding]:
     suspects: list[KVOwner] = []
 
     def judged() -> list[KVOwner]:
-        if erase:
-            return delete_unreferenced(store, suspects)
         time.sleep(SECOND_LOOK_SECONDS)  # who deletes a reference deletes its KV next
+        left = [owner for owner in suspects if store.blocks.holds(owner)]
+        if erase:
+            return delete_unreferenced(store, left)
         with store.inflight.watch() as seen:
-            return [
-                owner
-                for owner in suspects
-                if owner.name not in seen and not is_referenced(store, owner) and store.blocks.holds(owner)
-            ]
+            return [owner for owner in left if owner.name not in seen and not is_referenced(store, owner)]
 
     def told() -> Iterator[Finding]:
         for owner in judged() if suspects else []:

@@ -125,7 +125,7 @@ class Tiers:
 
         `borrowed`: as SessionCache.borrowed.
         """
-        with self.store.inflight.hold([KVOwner(tenant, "tail", revision_id.encode()).name]):
+        with self.store.inflight.hold(KVOwner(tenant, "tail", one.encode()).name for one in (revision_id, *replaces)):
             return self._write_tail(tenant, revision_id, start, arrays, replaces, borrowed)
 
     def _write_tail(

@@ -74,17 +74,24 @@ class Environment:
     """
 
     def __init__(
-        self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES, tallied: Tallied = "no"
+        self,
+        path: str,
+        *,
+        map_bytes: int,
+        reserve_bytes: int = DEFAULT_RESERVE_BYTES,
+        tallied: Tallied = "no",
+        hint: str = "",
     ) -> None:
         """Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened.
 
         `tallied`: whether its records are summed up (tally.py) and their sum is proved here. "new" makes the sum if
         there is none yet; "accept" makes it whatever was there before, and puts what was wrong into `damage`.
+        `hint` tells people what to do if the file is damaged.
         """
         self._path = path
         self._reserve_bytes = reserve_bytes
         self.damage: errors.RecordCorrupt | None = None
-        self._map = MapFile(path, map_bytes)
+        self._map = MapFile(path, map_bytes, hint)
         try:
             self._tally = self._open_tally(tallied)
         except BaseException:

@@ -17,6 +17,7 @@ import lmdb
 from sessiond import errors
 from sessiond.storage.directory import sync_folder
 from sessiond.storage.failures import from_lmdb, from_os
+from sessiond.storage.structure import check_structure
 
 LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
 MAX_READERS = 1024
@@ -32,8 +33,11 @@ ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
 class MapFile:
     """An open LMDB file in the folder `path`. Thread-safe; must not be used across fork()."""
 
-    def __init__(self, path: str, map_bytes: int) -> None:
-        """Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened."""
+    def __init__(self, path: str, map_bytes: int, hint: str = "") -> None:
+        """`hint` tells people what to do if the file is damaged.
+
+        Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened.
+        """
         self.path = path
         self._map_bytes = map_bytes
         self._readers = 0
@@ -47,6 +51,7 @@ class MapFile:
                 self._create()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(path, COMPACT_NAME))
+            check_structure(path, hint)
             self._allocate_lock_file()
         except OSError as exc:
             raise from_os(exc, f"cannot make {os.path.basename(path)}") from exc

@@ -85,7 +85,12 @@ class Store:
             if not form.tallied:
                 mark_tallied(root, form)
             blocks = BlockStore(
-                Environment(str(root / "blocks"), map_bytes=block_map_bytes, reserve_bytes=reserve_bytes)
+                Environment(
+                    str(root / "blocks"),
+                    map_bytes=block_map_bytes,
+                    reserve_bytes=reserve_bytes,
+                    hint="; it may be moved away: KV is computed again from the log",
+                )
             )
             opened.append(blocks)
             catalog = Catalog(path=root / "catalog.sqlite3") if database_url is None else Catalog(url=database_url)

@@ -3,7 +3,7 @@
 A checksum tells that a record is not what was written, not that an older one, or none, stands in its place. That is
 what a lost page write does: the page that comes back is an old one, whole and valid. So every transaction also writes
 the sum over all records of XXH3-128(key, checksum), modulo 2^128, and its own number. When the environment is opened
-all records are walked and summed again (some microseconds each); only exactly the committed ones give that sum.
+all records are walked, looked up and summed again (some microseconds each); only the committed ones give that sum.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sessiond import errors
 from sessiond.storage import envelope, keys
 from sessiond.storage.failures import from_lmdb
 from sessiond.storage.mapfile import MapFile, WriteTxn
+from sessiond.storage.metapages import check_meta_pages
 
 KEY = keys.global_key(keys.TALLY, "log")
 _MODULUS = 1 << 128
@@ -93,6 +94,7 @@ def read_tally(file: MapFile, *, may_lack: bool) -> Tally | None:
     Raises RecordCorrupt naming the tally if the records are not those that were committed. A record that is damaged
     but stands where it stood raises nothing here: its own checksum tells whoever reads it.
     """
+    check_meta_pages(file.path)
     with file.read() as txn:
         stored = txn.get(KEY)
         n_entries, last = int(txn.stat(file.env.open_db(None, txn))["entries"]), int(txn.id())
@@ -125,11 +127,18 @@ def build_tally(file: MapFile) -> Tally:
 
 
 def sum_records(txn: Any, *, as_stored: bool) -> tuple[int, int]:
-    """(sum, number of entries, the tally's among them). Otherwise checksums that do not fit are computed."""
+    """(sum, number of entries, the tally's among them). Otherwise checksums that do not fit are computed.
+
+    Also proves that keys ascend and are found where they stand: tree pages that changed places give the same sum.
+    """
     total = n = 0
+    before = b""
     with txn.cursor() as cursor:
         for raw, value in cursor:
             key = bytes(raw)
+            if key <= before or txn.get(key) is None:
+                raise envelope.corrupt(KEY, f"{keys.readable(key)} stands where no search finds it")
+            before = key
             n += 1
             if key != KEY:
                 total += term(key, value) if as_stored else _term_as_it_should_be(key, value)

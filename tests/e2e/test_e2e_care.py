@@ -202,6 +202,18 @@ class TestVerify:
         assert most >= held
         assert daemon.desk.aside_bytes == 0
 
+    async def test_an_audit_waits_until_turns_leave_it_memory(self, peer: Peer, daemon):
+        await cold_session(peer)
+        desk = daemon.desk
+        desk.aside_bytes = desk.settings.memory_budget_bytes  # as if turns had all of it
+        verifying = asyncio.create_task(verify(peer, recompute=1.0))
+        await asyncio.sleep(0.5)
+        assert not verifying.done()
+        desk.aside_bytes = 0
+        findings, summary = await verifying
+        assert (findings, summary.cells_recomputed) == ([], 2)
+        assert desk.aside_bytes == 0
+
     async def test_what_makes_no_sense_is_refused(self, peer: Peer):
         with refused("BAD_REQUEST", StatusCode.INVALID_ARGUMENT):
             await verify(peer, recompute=1.5)

@@ -45,7 +45,8 @@ def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
     for i in range(n_files):
         trials.run(Damage.bit_flip(trials, rng), f"seed {seed} flip {i} in files")
     failures += trials.failures
-    return Outcome("store_bit_flips", count, len(failures), silent_corruptions=len(failures), details=failures,
+    silent = sum("unnoticed" in line or "silently" in line for line in failures)
+    return Outcome("store_bit_flips", count, len(failures), silent_corruptions=silent, details=failures,
                    counts={**{f"of_{name}": n for name, n in kinds.items()}, **trials.counts})  # fmt: skip
 
 
@@ -76,21 +77,26 @@ def in_memory(records: dict[bytes, bytes], count: int, rng: random.Random, seed:
         value = records[key]
         at = rng.randrange(8 * (len(value) + (0 if kind == 0 else len(key))))
         tried[keys.KIND_NAMES.get(kind, "format")] += 1
-        if not is_noticed(READERS[kind], key, value, at):
-            failures.append(f"seed {seed} flip {i}: bit {at} of {keys.readable(key)} goes unnoticed")
+        if wrong := misread(READERS[kind], key, value, at):
+            failures.append(f"seed {seed} flip {i}: bit {at} of {keys.readable(key)} {wrong}")
     return failures, tried
 
 
-def is_noticed(read: Reader, key: bytes, value: bytes, bit: int) -> bool:
-    """Whether the flip is refused, or changes nothing of what is read. Bits behind the value are the key's."""
+def misread(read: Reader, key: bytes, value: bytes, bit: int) -> str:
+    """What is wrong with how the flip is taken; empty if it is refused, or changes nothing of what is read.
+
+    Bits behind the value are the key's.
+    """
     changed, other = bytearray(value), bytearray(key)
     target, at = (changed, bit) if bit < 8 * len(value) else (other, bit - 8 * len(value))
     target[at // 8] ^= 1 << at % 8
     try:
         found = read(bytes(other), memoryview(changed))
     except errors.SessiondError:
-        return True
-    return bool(found == read(key, memoryview(value)))
+        return ""
+    except Exception as exc:  # noqa: BLE001 - whatever it is, it is not typed
+        return f"raises {exc!r}"
+    return "" if found == read(key, memoryview(value)) else "goes unnoticed"
 
 
 def of(cls: type[Any]) -> Reader:

@@ -188,6 +188,7 @@ def switch_off(defence: str) -> None:
     if defence == "false_ack":
 
         def acknowledge(self: Environment, group: list[Any], exc: Exception) -> None:
+            self._leave_panic()
             for batch in group:
                 batch.done.set_result(None)
 

@@ -1,6 +1,6 @@
 """Power loss at a random instant, on a file system that forgets what was not synced; several in a row on one directory.
 
-Both databases lie on it, LMDB and SQLite. Negative controls: `lmdb_no_sync`, `sqlite_no_sync`,
+Both databases lie on it, LMDB and SQLite. Negative controls: `lmdb_no_sync`, `sqlite_no_sync`, `names_not_synced`,
 `compact_no_sync`.
 """
 
@@ -23,7 +23,7 @@ from outcome import Outcome
 from volatile import power_loss
 from workload import Workload
 
-from sessiond.storage import compaction, database
+from sessiond.storage import compaction, database, directory, mapfile
 from sessiond.storage.mapfile import MapFile
 from sessiond.storage.store import Store
 
@@ -118,5 +118,8 @@ def switch_off(defence: str) -> None:
             os.close(fd)
 
         compaction._write_copy = unsynced_copy
+    elif defence == "names_not_synced":
+        for module in (directory, mapfile, compaction):
+            module.sync_folder = lambda _: None  # type: ignore[attr-defined]
     elif defence:
         raise ValueError(defence)

@@ -42,6 +42,15 @@ def test_it_gives_space_back_and_keeps_every_record(log_env):
     assert all_values(log_env) == {**kept, b"after": b"v"}
 
 
+def test_an_empty_store_is_compacted_too(tmp_path):
+    with contextlib.closing(Environment(str(tmp_path), map_bytes=MAP)) as env:
+        env.compact().result(30)
+        assert all_values(env) == {}
+    with contextlib.closing(Environment(str(tmp_path), map_bytes=MAP)) as env:
+        env.submit([put(b"first")], 1).result()
+        assert all_values(env) == {b"first": b"v"}
+
+
 def test_what_was_written_afterwards_is_there_after_a_restart(tmp_path):
     with contextlib.closing(Environment(str(tmp_path), map_bytes=MAP)) as env:
         kept = fill(env)

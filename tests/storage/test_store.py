@@ -10,6 +10,7 @@ import pytest
 from storage_samples import BLOCK_MAP, LOG_MAP, assert_kv_equal, destinations, kv_arrays, revision, session
 
 from sessiond import errors
+from sessiond.storage import directory
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed, SessionKey, SessionRow
 from sessiond.storage.codec import Raw
@@ -105,7 +106,7 @@ def test_a_damaged_format_file_is_corruption(tmp_path, damaged):
 def test_unknown_fields_of_this_format_are_ignored(tmp_path):
     open_store(tmp_path).close()
     said = json.loads((tmp_path / "FORMAT").read_bytes()) | {"new": 1}
-    (tmp_path / "FORMAT").write_text(json.dumps(said))
+    (tmp_path / "FORMAT").write_text(json.dumps(said | {"check": directory._check(said)}))
     open_store(tmp_path).close()
 
 

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import contextlib
+import struct
+
+import pytest
+from storage_samples import LOG_MAP
+
+from sessiond import errors
+from sessiond.storage.environment import Environment
+from sessiond.storage.structure import check_structure
+
+PAGE = 4096
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tree of several levels, with values in pages of their own and with free pages."""
+    folder = tmp_path / "e"
+    with contextlib.closing(Environment(str(folder), map_bytes=LOG_MAP)) as env:
+        for at in range(0, 3000, 500):
+            ops = [
+                lambda txn, i=i: txn.put(b"%06d" % i, bytes(9000 if i % 100 == 0 else 40)) for i in range(at, at + 500)
+            ]
+            env.submit(ops, 1000).result(10)
+        env.submit([lambda txn: [txn.delete(b"%06d" % i) for i in range(0, 3000, 7)]], 0, frees=True).result(10)
+    return folder
+
+
+def put(txn, i):
+    txn.put(b"%06d" % i, bytes(9000 if i % 100 == 0 else 40))
+
+
+def pages(folder, flag):
+    data = (folder / "data.mdb").read_bytes()
+    return [n for n in range(2, len(data) // PAGE) if struct.unpack_from("<QHH", data, n * PAGE)[::2] == (n, flag)]
+
+
+def change(folder, at, raw):
+    with (folder / "data.mdb").open("r+b") as file:
+        file.seek(at)
+        file.write(raw)
+
+
+def refused(folder):
+    try:
+        check_structure(str(folder), "; a hint")
+    except errors.RecordCorrupt as exc:
+        return "; a hint" in exc.message
+    return False
+
+
+def test_a_sound_file_passes(folder):
+    check_structure(str(folder))
+
+
+@pytest.mark.parametrize("flag", [1, 2], ids=["branch", "leaf"])
+@pytest.mark.parametrize(
+    ("offset", "raw"),
+    [
+        (0, bytes(PAGE)),
+        (0, struct.pack("<Q", 7777)),
+        (10, struct.pack("<H", 4)),
+        (12, struct.pack("<H", 3)),
+        (14, struct.pack("<H", 9)),
+        (16, struct.pack("<H", 4095)),
+        (16, struct.pack("<H", 8)),
+    ],
+    ids=["zeroed", "number", "kind", "table", "bounds", "node-above", "node-below"],
+)
+def test_a_damaged_page_is_named_before_lmdb_meets_it(folder, flag, offset, raw):
+    found = 0
+    sound = (folder / "data.mdb").read_bytes()
+    for page in pages(folder, flag):
+        change(folder, page * PAGE + offset, raw)
+        found += refused(folder)
+        (folder / "data.mdb").write_bytes(sound)
+    assert found > 0  # those in use; others are free
+    assert not refused(folder)
+
+
+def test_a_file_that_is_cut_is_refused(folder):
+    with (folder / "data.mdb").open("r+b") as file:
+        file.truncate((folder / "data.mdb").stat().st_size - 3 * PAGE)
+    assert refused(folder)
+    with pytest.raises(errors.RecordCorrupt):
+        Environment(str(folder), map_bytes=LOG_MAP)
