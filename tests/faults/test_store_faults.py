@@ -52,11 +52,14 @@ def test_failing_system_calls_are_told_and_never_acknowledged(run_slice):
 
 
 def test_failing_calls_find_an_acknowledgement_of_what_was_not_written(run_control):
-    assert any("acknowledged after" in line for line in run_control("store_io_error", "false_ack", 30, LOG_WRITES).details)
+    assert any(
+        "acknowledged after" in line for line in run_control("store_io_error", "false_ack", 30, LOG_WRITES).details
+    )
 
 
 def test_failing_calls_find_a_store_that_goes_on_after_a_failed_fsync(run_control):
-    assert any("read_only is False" in line for line in run_control("store_io_error", "go_on", 30, LOG_WRITES).details)
+    outcome = run_control("store_io_error", "go_on", 30, LOG_WRITES)
+    assert any("read_only is False" in line for line in outcome.details)
 
 
 def test_every_flipped_bit_is_refused_or_harmless(run_slice):
