@@ -18,7 +18,7 @@ from xxhash import xxh3_128_intdigest
 
 from sessiond import errors
 from sessiond.storage import envelope, keys
-from sessiond.storage.failures import from_lmdb
+from sessiond.storage.failures import from_lmdb, from_os
 from sessiond.storage.mapfile import MapFile, WriteTxn
 from sessiond.storage.metapages import check_meta_pages
 
@@ -94,7 +94,10 @@ def read_tally(file: MapFile, *, may_lack: bool) -> Tally | None:
     Raises RecordCorrupt naming the tally if the records are not those that were committed. A record that is damaged
     but stands where it stood raises nothing here: its own checksum tells whoever reads it.
     """
-    check_meta_pages(file.path)
+    try:
+        check_meta_pages(file.path)
+    except OSError as exc:
+        raise from_os(exc, f"cannot read {file.path}") from exc
     with file.read() as txn:
         stored = txn.get(KEY)
         n_entries, last = int(txn.stat(file.env.open_db(None, txn))["entries"]), int(txn.id())

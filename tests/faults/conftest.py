@@ -37,14 +37,14 @@ def run_slice(tmp_path: Path) -> Callable[[str], Outcome]:
 
 
 @pytest.fixture
-def run_control(tmp_path: Path) -> Callable[[str, str, int], Outcome]:
+def run_control(tmp_path: Path) -> Callable[..., Outcome]:
     """Runs trials with a defence switched off; they must fail, or the trials prove nothing."""
 
-    def run(name: str, variant: str, count: int) -> Outcome:
-        outcome = run_chunk(name, count, SEED, tmp_path, variant)
+    def run(name: str, variant: str, count: int, seed: int = SEED) -> Outcome:
+        outcome = run_chunk(name, count, seed, tmp_path, variant)
         if outcome.skipped:
             pytest.skip(outcome.skipped)
-        assert outcome.failed > 0, f"SESSIOND_SEED={SEED}: nothing fails with {variant}"
+        assert outcome.failed > 0, f"seed {seed}: nothing fails with {variant}"
         return outcome
 
     return run
