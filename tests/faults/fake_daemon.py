@@ -47,7 +47,8 @@ class FakeDaemon:
         self.store = Store.open(path, cell_tokens=cell_tokens, log_map_bytes=64 << 20, block_map_bytes=64 << 20)
 
     async def start(self) -> FakeDaemon:
-        store, model = self.store, FakeModel()
+        store = self.store
+        model = self.model = FakeModel()
         batch = LogBatch()
         batch.put_identity(IDENTITY, {"model": "fake"})
         batch.put_profile(PROFILE, {"model": "fake"})
@@ -68,18 +69,32 @@ class FakeDaemon:
         await self.keeper.drain(self.settings.drain_seconds)
         await self._close()
 
+    async def left(self) -> None:
+        """Return once the turn that the model holds has been told that nobody listens, and is over."""
+        turns = list(self.desk.turns.values())
+        while not all(turn._stopping or turn.over for turn in turns):  # noqa: ASYNC110 - a timer tells the turn
+            await asyncio.sleep(0)
+        self.model.release()
+        for turn in turns:
+            await turn.done()
+
     async def crash(self) -> None:
         """Nothing that is not durable now ever will be. What still runs here meets a store that takes nothing."""
         killed = StoreReadOnly("killed")
         for part in (self.store.log, self.store.blocks):
             part._env._failed = killed
         self.store.catalog._transaction = _refuse  # type: ignore[method-assign, assignment]
-        for turn in list(self.desk.turns.values()):
+        self.model.release()
+        turns = list(self.desk.turns.values())
+        for turn in turns:
             turn._break_off(killed)
+        for turn in turns:
+            await turn.done()
         for live in list(self.desk.lives.values()):
+            waiting: list[asyncio.Future[Any]] = [work for work in (live.settling, live.saving) if work]
             if live.settling:
                 live.settling.cancel()
-                await asyncio.gather(live.settling, return_exceptions=True)
+            await asyncio.gather(*waiting, return_exceptions=True)
         await self._close()
 
     async def _close(self) -> None:

@@ -5,6 +5,7 @@ So what any run must say is known without a second run (`Pure`), and one wrong b
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,19 +53,19 @@ class Pure:
 
     def __init__(self, ids: Sequence[int] = ()) -> None:
         self._state = 0
-        self._total = 0
+        self.total = 0
         for token in ids:
             self.feed(token)
 
     def feed(self, token: int) -> None:
         self._state = _mixed(self._state ^ (token + 1))
-        self._total = (self._total + sum(_row(self._state))) & _MASK
+        self.total = (self.total + sum(_row(self._state))) & _MASK
 
     def answer(self, max_tokens: int) -> list[int]:
         """The tokens of an answer, its end token included."""
         out: list[int] = []
         while len(out) < max_tokens and STOP not in out:
-            out.append(_token(self._total))
+            out.append(_token(self.total))
             self.feed(out[-1])
         return out
 
@@ -81,6 +82,17 @@ class FakeModel:
         self.max_context = CONTEXT
         self.shape = SHAPE
         self.eos_ids = (STOP,)
+        self._left: int | None = None  # tokens that may still be sampled; None: any number
+        self._let = threading.Condition()
+
+    def hold(self, n_tokens: int) -> None:
+        """Let the model say so many tokens; its next step then waits for `release`."""
+        self._left = n_tokens
+
+    def release(self) -> None:
+        with self._let:
+            self._left = None
+            self._let.notify_all()
 
     def new_cache(self) -> SessionCache:
         return SessionCache(self.shape, self.max_context)
@@ -90,6 +102,10 @@ class FakeModel:
 
     def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
         """As Model.step: KV of all feeds into their caches, logits [len(logit_rows), V]."""
+        with self._let:
+            self._let.wait_for(lambda: self._left is None or self._left > 0)
+            if self._left is not None:
+                self._left -= len(logit_rows)
         said: list[int] = []
         for feed in feeds:
             said += self._feed(feed, {row - len(said) for row in logit_rows})

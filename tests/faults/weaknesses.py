@@ -1,0 +1,61 @@
+"""The defences of the daemon, each with a way to switch it off: a fault run must then fail."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+from unittest import mock
+
+from sessiond.cache import SessionCache
+from sessiond.storage import envelope, kv
+from sessiond.storage.environment import Environment, Op
+from sessiond.storage.log import LogStore
+
+
+@contextlib.contextmanager
+def _early_ack() -> Iterator[None]:
+    """A batch counts as durable when it is queued."""
+    submit = Environment.submit
+
+    def early(self: Environment, ops: Sequence[Op], n_bytes: int, *, frees: bool = False) -> Future[None]:
+        durable = submit(self, ops, n_bytes, frees=frees)
+        if self._path.endswith("blocks"):
+            return durable
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    with mock.patch.object(Environment, "submit", early):
+        yield
+
+
+def _no_request_lookup() -> AbstractContextManager[Any]:
+    """A request_id that came before is not looked for."""
+    return mock.patch.object(LogStore, "request", lambda *_: None)
+
+
+@contextlib.contextmanager
+def _no_checksum() -> Iterator[None]:
+    """Bytes are believed as they are."""
+    with ExitStack() as stack:
+        for module in (envelope, kv):
+            stack.enter_context(mock.patch.object(module, "_authentic", lambda *_: True))
+        yield
+
+
+def _no_truncation() -> AbstractContextManager[Any]:
+    """KV of a turn that was given up stays where it is."""
+    return mock.patch.object(SessionCache, "truncate", lambda *_: None)
+
+
+# Variant of a run -> the defence that is off in it.
+WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "": contextlib.nullcontext,
+    "early_ack": _early_ack,
+    "no_request_lookup": _no_request_lookup,
+    "no_checksum": _no_checksum,
+    "no_truncation": _no_truncation,
+}
