@@ -21,7 +21,10 @@ INSTALLED := $(VENV)/.installed-$(shell cat $(SOURCES) | cksum | tr -d ' ')
 PIP := $(PY) -m pip --disable-pip-version-check install -c constraints.txt
 say = @printf '\033[1m==> %s\033[0m\n' $(1)
 
-.PHONY: help demo test install model lint format types proto bench-resume bench-decode clean
+# Which part of the release column: i/n.
+PART ?= 1/1
+
+.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +62,12 @@ test: $(INSTALLED)  ## every check: lint, format, types, tests
 	@mkdir -p .cache && $(PY) tests/tools/fetch_postgres.py > .cache/postgres-bin && cat .cache/postgres-bin
 	$(call say,"[5/5] tests")
 	@SESSIOND_POSTGRES_BIN="$$(cat .cache/postgres-bin)" $(PY) -m pytest
+
+test-faults: $(INSTALLED)  ## break the store and the daemon, CI column; prints one JSON line last
+	@$(PY) tests/faults/main.py --column ci
+
+test-release: $(INSTALLED)  ## the same, release column; PART=i/n runs one of n parts
+	@$(PY) tests/faults/main.py --column release --part $(PART)
 
 lint: $(INSTALLED)  ## ruff
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

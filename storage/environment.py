@@ -9,24 +9,26 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import lmdb
 
 from sessiond import errors
-from sessiond.storage.failures import from_lmdb, is_out_of_space
+from sessiond.storage import space
+from sessiond.storage.failures import from_lmdb, may_be_out_of_space
+from sessiond.storage.mapfile import MapFile
+from sessiond.storage.mapfile import ReadTxn as ReadTxn
+from sessiond.storage.mapfile import WriteTxn as WriteTxn
 
-LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
 QUEUED_BATCHES = 1024
 MAX_TXN_BYTES = 8 << 20
 DEFAULT_RESERVE_BYTES = 64 << 20
 _SPARE_BYTES = 1 << 20
 
-WriteTxn: TypeAlias = "lmdb.Transaction[bytes]"
-ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
+_RETRY_SECONDS = 10.0
+
 Op = Callable[[WriteTxn], None]
 
 
@@ -54,53 +56,30 @@ class _Batch:
 class Environment:
     """An open environment in the folder `path`.
 
-    Thread-safe. Must not be used across fork(). After a failed commit or fsync it takes no more writes
-    (StoreReadOnly) until reopened; reads go on.
+    Thread-safe. Must not be used across fork(). A commit that failed for want of space is refused (DiskFull) and so is
+    what follows, until there is space again. After any other failed commit or fsync no more writes are taken
+    (StoreReadOnly) until reopened. Reads go on in both cases. docs/decisions/0009-full-or-read-only.md.
     """
 
     def __init__(self, path: str, *, map_bytes: int, reserve_bytes: int = DEFAULT_RESERVE_BYTES) -> None:
-        """Raises DataDirectoryReadOnly, DiskFull or StoreReadOnly if it cannot be opened."""
+        """Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened."""
         self._path = path
         self._reserve_bytes = reserve_bytes
-        try:
-            os.makedirs(path, mode=0o700, exist_ok=True)  # lmdb.open would give the folder the file's mode
-            self._env = lmdb.open(
-                path, map_size=map_bytes, lib_version=LIB_VERSION, max_readers=1024, max_spare_txns=16,
-                writemap=False, sync=True, metasync=True, readahead=True, mode=0o600,
-            )  # fmt: skip
-            self._env.reader_check()  # readers of a killed daemon would pin old pages
-        except (lmdb.Error, OSError) as exc:
-            raise from_lmdb(exc, f"cannot open {os.path.basename(path)}", opening=True) from exc
+        self._map = MapFile(path, map_bytes)
         self._queue: queue.Queue[_Batch | None] = queue.Queue(QUEUED_BATCHES)
         self._submit_lock = threading.Lock()
-        self._readers = 0
-        self._idle = threading.Condition()
         self._closed = False
         self._failed: BaseException | None = None
         self._commits = self._batches = 0
         self._writer = threading.Thread(target=self._run, name=f"writer-{os.path.basename(path)}", daemon=True)
         self._writer.start()
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[ReadTxn]:
+    def read(self) -> contextlib.AbstractContextManager[ReadTxn]:
         """A read transaction whose values are memoryviews, valid inside the `with` block only.
 
         Keep the block short: a pinned reader makes the file grow. Raises Draining after close().
         """
-        with self._idle:
-            if self._closed:
-                raise errors.Draining("the store is closed")
-            self._readers += 1
-        try:
-            with self._env.begin(buffers=True) as txn:
-                yield txn
-        except lmdb.Error as exc:
-            raise from_lmdb(exc, "read failed") from exc
-        finally:
-            with self._idle:
-                self._readers -= 1
-                if self._closed:
-                    self._idle.notify_all()
+        return self._map.read()
 
     def submit(self, ops: Sequence[Op], n_bytes: int, *, frees: bool = False) -> Future[None]:
         """Queue one atomic batch; blocks while the queue is full.
@@ -122,17 +101,14 @@ class Environment:
         with self._submit_lock:
             if self._closed:
                 return
-            with self._idle:
-                self._closed = True
+            self._closed = True
             self._queue.put(None)
         self._writer.join()
-        with self._idle:
-            self._idle.wait_for(lambda: self._readers == 0)
-        self._env.close()
+        self._map.close()
 
     def stat(self) -> EnvironmentStat:
         with self.read() as txn:
-            tree, info = txn.stat(self._env.open_db(None, txn)), self._env.info()
+            tree, info = txn.stat(self._map.env.open_db(None, txn)), self._map.env.info()
         pages = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"]
         return EnvironmentStat(
             entries=tree["entries"],
@@ -146,12 +122,11 @@ class Environment:
 
     def free_bytes(self) -> int:
         """Free space of the file system that holds the environment."""
-        fs = os.statvfs(self._path)
-        return fs.f_bavail * fs.f_frsize
+        return space.free_bytes(self._path)
 
     @property
     def read_only(self) -> bool:
-        """True after a failed commit."""
+        """True once a commit failed for another reason than want of space."""
         return self._failed is not None
 
     def _run(self) -> None:
@@ -191,7 +166,7 @@ class Environment:
         if not group:
             return
         try:
-            txn = self._env.begin(write=True)
+            txn = self._map.env.begin(write=True)
         except lmdb.Error as exc:
             self._fail(group, exc)
             return
@@ -225,7 +200,7 @@ class Environment:
 
     def _apply(self, parent: WriteTxn, batch: _Batch) -> Exception | None:
         """Run one batch in a nested transaction, so that its failure is its own; returns it."""
-        txn = self._env.begin(write=True, parent=parent)
+        txn = self._map.env.begin(write=True, parent=parent)
         try:
             for op in batch.ops:
                 op(txn)
@@ -243,7 +218,7 @@ class Environment:
 
     def _reusable_bytes(self) -> int:
         """Freed pages inside the file, which a write may take without growing it."""
-        tree, info = self._env.stat(), self._env.info()
+        tree, info = self._map.env.stat(), self._map.env.info()
         used = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"]
         return int((info["last_pgno"] + 1 - used) * tree["psize"])
 
@@ -259,16 +234,31 @@ class Environment:
                 kept.append(batch)
             else:
                 why = f"less than {self._reserve_bytes} bytes of disk are free"
-                batch.done.set_exception(errors.DiskFull(why, retry_after=10.0))
+                batch.done.set_exception(errors.DiskFull(why, retry_after=_RETRY_SECONDS))
         return kept
 
     def _fail(self, group: list[_Batch], exc: Exception) -> None:
-        # A failed fsync is never retried: the kernel may have dropped the pages it could not write.
-        self._failed = exc
-        # LMDB 0.9 calls a short write EIO, so look whether there is space.
-        full = is_out_of_space(exc) or self._low_on_space(self._reserve_bytes + MAX_TXN_BYTES)
+        """A transaction was not committed. Tell why, and whether the next one may be tried."""
+        enough = self._reserve_bytes + _SPARE_BYTES + sum(batch.n_bytes for batch in group)
+        full = may_be_out_of_space(exc) and space.is_short(self._path, enough)
+        if not full:
+            # A failed fsync is never retried: the kernel may have dropped the pages it could not write.
+            self._failed = exc
+        trouble = self._leave_panic()
         for batch in group:
-            error = errors.DiskFull if full else errors.StoreReadOnly
-            failure = error(f"commit failed: {exc}; the store is read-only until restart")
+            failure: errors.SessiondError
+            if full:
+                failure = errors.DiskFull(f"commit failed: {exc}{trouble}", retry_after=_RETRY_SECONDS)
+            else:
+                failure = errors.StoreReadOnly(f"commit failed: {exc}; the store is read-only until restart{trouble}")
             failure.__cause__ = exc
             batch.done.set_exception(failure)
+
+    def _leave_panic(self) -> str:
+        """Open the file again if LMDB refuses everything since the failure; what went wrong with that, if it did."""
+        try:
+            if self._map.in_panic():
+                self._map.reopen()
+        except errors.SessiondError as exc:
+            return f"; then {exc}"
+        return ""

@@ -40,6 +40,14 @@ def is_out_of_space(exc: BaseException) -> bool:
     return isinstance(exc, lmdb.MapFullError | lmdb.DiskError) or errno_of(exc) in _FULL
 
 
+def may_be_out_of_space(exc: BaseException) -> bool:
+    """True also for what LMDB 0.9 makes of a short write (EIO) or of a meta page it could not write (MDB_PANIC).
+
+    Whether there really is no space must be asked of the file system.
+    """
+    return is_out_of_space(exc) or errno_of(exc) == errno.EIO or isinstance(exc, lmdb.PanicError)
+
+
 def errno_of(exc: BaseException) -> int | None:
     """The errno inside; an lmdb.Error only carries its message ("path: No space left on device")."""
     if isinstance(exc, OSError):

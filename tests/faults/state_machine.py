@@ -40,7 +40,7 @@ SOME = st.integers(0, 7)
 IDS = st.lists(st.integers(3, fake_model.VOCAB - 1), min_size=1, max_size=20).map(tuple)
 
 
-class Nothing(Exception):
+class NothingToDo(Exception):
     """No session is as a rule wants it."""
 
 
@@ -56,7 +56,7 @@ def where_possible(step: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(step)
     def guarded(self: Sequences, **drawn: Any) -> None:
-        with contextlib.suppress(Nothing):
+        with contextlib.suppress(NothingToDo):
             step(self, **drawn)
             Tally.steps += 1
 
@@ -80,7 +80,7 @@ class Sequences(RuleBasedStateMachine):
         self.plain = PlainStore()
         self.daemon = self.run(self.opened())
         for cells in (0, 3):
-            session_id = self.new_session(DOCUMENT[: cells * 8] + (90,))
+            session_id = self.new_session((*DOCUMENT[: cells * 8], 90))
             self.whole(session_id, self.plain.ask(session_id, (91, 92), 4))
 
     def teardown(self) -> None:
@@ -123,7 +123,7 @@ class Sequences(RuleBasedStateMachine):
     def delete(self, which: int, purge: bool) -> None:
         session_id, session = self.session(which)
         if not any(not other.deleted and other is not session for other in self.plain.sessions.values()):
-            raise Nothing  # one stays, for the other rules
+            raise NothingToDo  # one stays, for the other rules
         self.run(self.daemon.sessions.delete(TENANT, session_id, "", purge_now=purge))
         session.deleted = True
         if purge:
@@ -255,7 +255,7 @@ class Sequences(RuleBasedStateMachine):
     def session(self, which: int, wanted: Callable[[PlainSession], bool] = lambda s: True) -> tuple[str, PlainSession]:
         found = [(name, session) for name, session in self.plain.sessions.items() if wanted(session)]
         if not found:
-            raise Nothing
+            raise NothingToDo
         return found[which % len(found)]
 
     def request(self, session_id: str, asked: Asked, **options: Any) -> TurnRequest:
@@ -365,9 +365,10 @@ def run(count: int, first_seed: int, scratch: Path, variant: str = "") -> Outcom
     told: list[object] = []
     details: list[str] = []
     Sequences.scratch = scratch
+    phases = (Phase.generate,) if variant else (Phase.generate, Phase.shrink)
     options = settings(
         max_examples=count, stateful_step_count=STEPS, deadline=None, database=None, print_blob=False,
-        suppress_health_check=list(HealthCheck), phases=(Phase.generate,) if variant else (Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck), phases=phases,
     )  # fmt: skip
     with WEAKNESSES[variant](), with_reporter(told.append):
         try:

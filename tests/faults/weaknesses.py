@@ -34,7 +34,7 @@ def _early_ack() -> Iterator[None]:
 
 def _no_request_lookup() -> AbstractContextManager[Any]:
     """A request_id that came before is not looked for."""
-    return mock.patch.object(LogStore, "request", lambda *_: None)
+    return mock.patch.object(LogStore, "request", return_value=None)
 
 
 @contextlib.contextmanager
@@ -42,13 +42,13 @@ def _no_checksum() -> Iterator[None]:
     """Bytes are believed as they are."""
     with ExitStack() as stack:
         for module in (envelope, kv):
-            stack.enter_context(mock.patch.object(module, "_authentic", lambda *_: True))
+            stack.enter_context(mock.patch.object(module, "_authentic", return_value=True))
         yield
 
 
 def _no_truncation() -> AbstractContextManager[Any]:
     """KV of a turn that was given up stays where it is."""
-    return mock.patch.object(SessionCache, "truncate", lambda *_: None)
+    return mock.patch.object(SessionCache, "truncate")
 
 
 # Variant of a run -> the defence that is off in it.

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
 import pytest
 
 from sessiond import errors
-from sessiond.storage import environment
+from sessiond.storage import environment, space
 from sessiond.storage.environment import Environment
 from sessiond.storage.failures import from_lmdb, from_os
 
@@ -84,12 +86,12 @@ def test_a_transaction_stays_below_its_byte_cap(log_env, monkeypatch):
 
 
 def test_commits_are_synchronous_and_the_map_is_not_writable(log_env):
-    flags = log_env._env.flags()
+    flags = log_env._map.env.flags()
     assert flags["sync"]
     assert flags["metasync"]
     assert not flags["writemap"]
-    assert log_env._env.lib_version() >= (0, 9)
-    assert log_env._env.lib_version() < (1, 0)
+    assert log_env._map.env.lib_version() >= (0, 9)
+    assert log_env._map.env.lib_version() < (1, 0)
 
 
 def test_nothing_is_acknowledged_before_its_commit_returns(log_env):
@@ -178,42 +180,128 @@ class FailingCommit:
     def __init__(self, env, error):
         self._env, self._error = env, error
 
-    def begin(self, *, write, parent=None):
+    def begin(self, *, write=False, parent=None, buffers=False):
         if parent is not None:
             return self._env.begin(write=write, parent=parent.txn)
-        return FailingTxn(self._env.begin(write=write), self._error)
+        return FailingTxn(self._env.begin(write=write), self._error) if write else self._env.begin(buffers=buffers)
 
 
 class FailingTxn:
     def __init__(self, txn, error):
         self.txn, self._error = txn, error
 
+    def abort(self):
+        self.txn.abort()
+
     def commit(self):
         self.txn.abort()
         raise self._error
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EIO)}"), errors.StoreReadOnly),
-        (lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.ENOSPC)}"), errors.DiskFull),
-        (lmdb.PanicError("mdb_txn_commit: MDB_PANIC"), errors.StoreReadOnly),
-    ],
-)
-def test_after_a_failed_commit_writes_are_refused_and_reads_go_on(tmp_path, error, expected):
-    env = Environment(str(tmp_path / "e"), map_bytes=1 << 20)
-    env.submit([put(b"k")], 1).result(10)
-    real = env._env
-    env._env = FailingCommit(real, error)
-    with pytest.raises(expected):
-        env.submit([put(b"lost")], 1).result(10)
-    env._env = real
-    assert env.read_only
-    with pytest.raises(errors.StoreReadOnly):
+EIO = lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EIO)}")
+ENOSPC = lmdb.DiskError(f"mdb_txn_commit: {os.strerror(errno.ENOSPC)}")
+EDQUOT = lmdb.Error(f"mdb_txn_commit: {os.strerror(errno.EDQUOT)}")
+PANIC = lmdb.PanicError("mdb_txn_commit: MDB_PANIC")
+
+
+@pytest.mark.parametrize("error", [EIO, ENOSPC, EDQUOT, PANIC])
+def test_after_a_failed_commit_writes_are_refused_and_reads_go_on(tmp_path, error):
+    with contextlib.closing(Environment(str(tmp_path / "e"), map_bytes=1 << 20, reserve_bytes=0)) as env:
+        env.submit([put(b"k")], 1).result(10)
+        real = env._map.env
+        env._map.env = FailingCommit(real, error)
+        with pytest.raises(errors.StoreReadOnly, match="read-only until restart"):
+            env.submit([put(b"lost")], 1).result(10)
+        env._map.env = real
+        assert env.read_only
+        with pytest.raises(errors.StoreReadOnly):
+            env.submit([put(b"later")], 1).result(10)
+        assert values(env) == {b"k": b"v"}
+
+
+@pytest.mark.parametrize("error", [EIO, ENOSPC, EDQUOT, PANIC])
+def test_a_commit_that_fails_for_want_of_space_is_refused_and_the_next_one_tried(tmp_path, monkeypatch, error):
+    with contextlib.closing(Environment(str(tmp_path / "e"), map_bytes=1 << 20, reserve_bytes=0)) as env:
+        env.submit([put(b"k")], 1).result(10)
+        real = env._map.env
+        env._map.env = FailingCommit(real, error)
+        with monkeypatch.context() as full:
+            full.setattr(space, "is_short", lambda folder, n_bytes: True)
+            with pytest.raises(errors.DiskFull) as caught:
+                env.submit([put(b"lost")], 1).result(10)
+            assert caught.value.retry_after
+        env._map.env = real
+        assert not env.read_only
         env.submit([put(b"later")], 1).result(10)
-    assert values(env) == {b"k": b"v"}
-    env.close()
+        assert values(env) == {b"k": b"v", b"later": b"v"}
+
+
+class Panicking(FailingCommit):
+    """An environment that answers everything with MDB_PANIC, as LMDB does once a meta page was not written."""
+
+    def begin(self, *, write=False, parent=None, buffers=False):
+        raise PANIC
+
+    def close(self):
+        self._env.close()
+
+
+def test_an_environment_in_panic_is_opened_again_while_readers_come_and_go(tmp_path, monkeypatch):
+    with contextlib.closing(Environment(str(tmp_path / "e"), map_bytes=1 << 20, reserve_bytes=0)) as env:
+        env.submit([put(b"k")], 1).result(10)
+        monkeypatch.setattr(space, "is_short", lambda folder, n_bytes: True)
+        entered, leave = threading.Event(), threading.Event()
+
+        def reader():
+            with env.read() as txn:
+                entered.set()
+                assert leave.wait(10)
+                return bytes(txn.get(b"k"))
+
+        with ThreadPoolExecutor(2) as pool:
+            inside = pool.submit(reader)
+            assert entered.wait(10)
+            env._map.env = Panicking(env._map.env, PANIC)
+            refused = env.submit([put(b"lost")], 1)
+            late = pool.submit(values, env)  # meets the panic, and waits until the file is open again
+            assert not refused.done()
+            leave.set()
+            assert isinstance(refused.exception(10), errors.DiskFull)
+            assert inside.result(10) == b"v"
+            assert late.result(10) == {b"k": b"v"}
+        env.submit([put(b"later")], 1).result(10)
+        assert set(values(env)) == {b"k", b"later"}
+
+
+def test_a_new_file_gets_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    def die(*_):
+        raise SystemExit  # as if the process had ended here
+
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "replace", die)
+        with pytest.raises(SystemExit):
+            Environment(str(tmp_path / "e"), map_bytes=1 << 20)
+    assert not (tmp_path / "e" / "data.mdb").exists()
+    with contextlib.closing(Environment(str(tmp_path / "e"), map_bytes=1 << 20)) as env:
+        env.submit([put(b"k")], 1).result(10)
+    assert {path.name for path in (tmp_path / "e").iterdir()} == {"data.mdb", "lock.mdb"}
+
+
+def test_no_slot_of_the_lock_file_is_a_hole(log_env, tmp_path):
+    found = (tmp_path / "log" / "lock.mdb").stat()
+    assert found.st_blocks * 512 >= found.st_size > 1024 * 64
+
+
+def test_space_is_short_where_the_file_system_says_so_or_refuses(tmp_path, monkeypatch):
+    assert not space.is_short(str(tmp_path), 1)
+    assert space.is_short(str(tmp_path), 1 << 60)
+
+    def over_quota(*_):
+        raise OSError(errno.EDQUOT, "quota")
+
+    monkeypatch.setattr(os, "posix_fallocate", over_quota)
+    assert space.is_short(str(tmp_path), 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

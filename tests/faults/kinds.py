@@ -1,0 +1,44 @@
+"""Every kind of fault run, with how many trials each column makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One module with `run(count, seed, scratch) -> Outcome`.
+
+    A column is cut into chunks of at most `chunk` trials, each with its own seed and its own process, so a run may
+    fork and may be killed. `slice`, `ci` and `release` count trials. With `alone`, no other chunk runs beside it.
+    """
+
+    name: str
+    module: str
+    slice: int
+    ci: int
+    release: int
+    chunk: int
+    alone: bool = False
+    timeout_s: float = 900.0
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),
+    # Of the whole daemon; a chunk pays some seconds for importing torch.
+    Kind("state_machine", "state_machine", slice=15, ci=500, release=5_000, chunk=250),
+)
+
+BY_NAME = {kind.name: kind for kind in KINDS}
+COLUMNS = ("slice", "ci", "release")
+
+
+def chunks(kind: Kind, column: str, seed: int, part: tuple[int, int] = (1, 1)) -> list[tuple[int, int]]:
+    """(count, seed) of every chunk of `part` i of n. A column's chunks do not depend on how it is split."""
+    left: int = getattr(kind, column)
+    out = []
+    while left > 0:
+        out.append((min(left, kind.chunk), seed + len(out)))
+        left -= kind.chunk
+    index, n_parts = part
+    return out[index - 1 :: n_parts]
