@@ -40,7 +40,7 @@ SOME = st.integers(0, 7)
 IDS = st.lists(st.integers(3, fake_model.VOCAB - 1), min_size=1, max_size=20).map(tuple)
 
 
-class NothingToDo(Exception):
+class NoSuchSessionError(Exception):
     """No session is as a rule wants it."""
 
 
@@ -56,7 +56,7 @@ def where_possible(step: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(step)
     def guarded(self: Sequences, **drawn: Any) -> None:
-        with contextlib.suppress(NothingToDo):
+        with contextlib.suppress(NoSuchSessionError):
             step(self, **drawn)
             Tally.steps += 1
 
@@ -123,7 +123,7 @@ class Sequences(RuleBasedStateMachine):
     def delete(self, which: int, purge: bool) -> None:
         session_id, session = self.session(which)
         if not any(not other.deleted and other is not session for other in self.plain.sessions.values()):
-            raise NothingToDo  # one stays, for the other rules
+            raise NoSuchSessionError  # one stays, for the other rules
         self.run(self.daemon.sessions.delete(TENANT, session_id, "", purge_now=purge))
         session.deleted = True
         if purge:
@@ -199,6 +199,15 @@ class Sequences(RuleBasedStateMachine):
         assert session.open is not None
         self.whole(session_id, session.open, resume_after=seen)
 
+    @rule(which=SOME, new=IDS, seen=st.integers(0, 10))
+    @where_possible
+    def supersede(self, which: int, new: tuple[int, ...], seen: int) -> None:
+        if not any(session.open and not session.deleted for session in self.plain.sessions.values()):
+            self.cut(which=which, new=(7, 8, 9), max_tokens=24, seen=seen, crash=False)
+        session_id, _ = self.session(which, lambda s: bool(s.open) and not s.deleted)
+        self.plain.gave_up(session_id)
+        self.whole(session_id, self.plain.ask(session_id, new, 6), supersede=True)
+
     @rule(which=SOME)
     @where_possible
     def abort(self, which: int) -> None:
@@ -255,7 +264,7 @@ class Sequences(RuleBasedStateMachine):
     def session(self, which: int, wanted: Callable[[PlainSession], bool] = lambda s: True) -> tuple[str, PlainSession]:
         found = [(name, session) for name, session in self.plain.sessions.items() if wanted(session)]
         if not found:
-            raise NothingToDo
+            raise NoSuchSessionError
         return found[which % len(found)]
 
     def request(self, session_id: str, asked: Asked, **options: Any) -> TurnRequest:

@@ -12,4 +12,4 @@ def test_every_sequence_leaves_the_store_as_the_plain_model(run_slice):
 
 @pytest.mark.parametrize("defence", ["no_request_lookup", "no_truncation"])
 def test_a_missing_defence_is_found(run_control, defence: str):
-    run_control("state_machine", defence, 40)
+    run_control("state_machine", defence, 30)
