@@ -59,6 +59,7 @@ class SessionCache:
         self._raw: np.ndarray[Any, Any] = data.view(_INT_DTYPES[shape.itemsize]).numpy()
         self.is_huge = False
         self._written = 0  # end of the positions that a step has written
+        self.epoch = 0  # changes whenever positions that were held are given up
         self.length = 0
         self.sealed = 0
 
@@ -98,6 +99,7 @@ class SessionCache:
 
     def clear(self) -> None:
         """Zero all memory and hold nothing."""
+        self.epoch += 1
         for layer in range(self.shape.n_layers):
             self.keys[layer].zero_()
             self.values[layer].zero_()
@@ -108,6 +110,8 @@ class SessionCache:
 
         A masked position has weight 0, and 0 times what a failed step left (NaN) is not 0.
         """
+        if length < self.length:
+            self.epoch += 1  # before the bytes change: who copies looks at it last
         if length < self._written:
             for layer in range(self.shape.n_layers):
                 self.keys[layer][:, length : self._written].zero_()
@@ -124,6 +128,10 @@ class SessionCache:
     def arrays(self, span: Span) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """K and V of `span` in every layer, as views."""
         return [(self.array(layer, 0, span), self.array(layer, 1, span)) for layer in range(self.shape.n_layers)]
+
+    def copy_from(self, other: SessionCache, layer: int, span: Span) -> None:
+        """Copy K and V of `span` in one layer out of another session's memory. Lengths stay the caller's."""
+        self._raw[layer, :, :, span.start : span.end] = other._raw[layer, :, :, span.start : span.end]
 
     def copies(self, start: int, end: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """`arrays` of [start, end), copied: a snapshot that later steps do not change."""

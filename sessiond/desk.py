@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -18,15 +19,18 @@ from sessiond.engine import Engine
 from sessiond.errors import MemoryBudget, SessiondError, TurnSuspended
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
+from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Event, SealWork
+from sessiond.sharing import relative, sealed_donor, take_over
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionRow
 from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate
 from sessiond.textstream import Detokenizer, TextStream
-from sessiond.tiers import Restoration, Tiers
+from sessiond.tiers import Tiers
+from sessiond.types import Tier
 
 if TYPE_CHECKING:
     from sessiond.turn import Turn
@@ -178,22 +182,37 @@ class Desk:
         """Bytes of a session's KV in memory, or that its running turn may fill."""
         return max(live.cache.nbytes if live.cache else 0, live.reserved * self.tiers.shape.bytes_per_token)
 
-    async def warm(self, live: Live) -> Restoration:
-        """Bring a cold session's KV into memory. The lease must be held, the history loaded, room made."""
-        live.cache, report = await self.in_pool(self.tiers.restore, live.tenant, live.chain, live.ids)
-        live.persisted = live.cache.length
-        live.advance(Change.WARM)
-        self.restored_tokens += report.tokens_restored
-        return report  # type: ignore[no-any-return]
+    async def warm(self, live: Live, ahead: Sequence[int] = (), *, share: bool = True) -> Restoration:
+        """Bring KV of a session's history, and shared cells of the tokens `ahead` of it, into its memory.
 
-    async def make_room(self, live: Live, tokens: int) -> None:
+        The lease must be held, the history loaded, room made. `share` off: nothing of other sessions.
+        """
+        tokens = np.concatenate([live.ids, np.array(ahead, np.uint32)])
+        others = list(self.lives.values()) if share else []
+        donor = sealed_donor(others, live, tokens, self.store.cell_tokens)
+        report: Restoration
+        if live.cache is None:
+            restore = partial(self.tiers.restore, donor=donor, share=share)
+            live.cache, report = await self.in_pool(restore, live.tenant, live.chain, tokens)
+            live.persisted = live.cache.length if report.tier is Tier.DISK else 0
+            live.advance(Change.WARM)
+        else:
+            fill = partial(self.tiers.restorer.fill, donor=donor, share=share)
+            report = await self.in_pool(fill, live.tenant, live.chain, tokens, live.cache)
+        if live.cache.length < len(live.ids) and (found := relative(others, live)):
+            copying = self.engine.call(partial(take_over, live, *found))
+            report.tokens_restored += await asyncio.wrap_future(copying)
+        self.restored_tokens += report.tokens_restored
+        return report
+
+    async def make_room(self, live: Live, held: int, tokens: int) -> None:
         """Push out idle sessions, least recently used first, until this one fits with `tokens`. Raises MemoryBudget.
 
-        The room stays reserved until the turn has ended (`Live.reserved`).
+        The room stays reserved until the turn has ended (`Live.reserved`). `held`: tokens before any is generated.
         """
         live.reserved = 0
         capacity = self.tiers.capacity
-        whole = live.cache is None and 2 * len(live.ids) >= capacity  # restored in huge pages
+        whole = live.cache is None and 2 * held >= capacity  # in huge pages
         wanted = (capacity if whole else min(tokens, capacity)) * self.tiers.shape.bytes_per_token
         needed = max(0, wanted - self._bytes_held(live))
         budget = self.settings.memory_budget_bytes
@@ -285,7 +304,7 @@ class Desk:
             return start, cache.copies(start, max(start, min(cache.length, len(ids))))
 
         start, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
-        older = [revision.revision_id for revision in live.chain[:-1]][-8:]
+        older = [r.revision_id for r in live.chain[:-1] if r.session_id == live.session_id][-8:]
         written += await self._save(live, self.tiers.persist_tail, live.tenant, head, start, arrays, older)
         if live.head == head:
             live.persisted = start + (arrays[0][0].shape[1] if arrays else 0)

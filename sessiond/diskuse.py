@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import structlog
 
 from sessiond.errors import RecordCorrupt
-from sessiond.references import tail_ref
 from sessiond.storage.store import Store
 
 logger = structlog.get_logger()
@@ -39,12 +38,9 @@ def disk_totals(store: Store) -> DiskTotals:
             sessions += len(page)
             deleted += sum(record.deleted_us is not None for record in page)
             suspended += sum("open_request" in record.extra for record in page)
-            tails = [tail_ref(store, tenant, record.head_revision, forget=False)[0] for record in page]
-            raw += sum(ref.raw_bytes for ref in tails if ref)
-            coded += sum(ref.coded_bytes for ref in tails if ref)
-        cells = log.all_cell_refs(tenant, _left_out)
-        raw += sum(ref.raw_bytes for ref in cells)
-        coded += sum(ref.coded_bytes for ref in cells)
+        cells, tails = log.all_cell_refs(tenant, _left_out), log.all_tail_refs(tenant, _left_out)
+        raw += sum(ref.raw_bytes for ref in cells) + sum(ref.raw_bytes for ref in tails)
+        coded += sum(ref.coded_bytes for ref in cells) + sum(ref.coded_bytes for ref in tails)
     log_stat, block_stat = log.stat(), store.blocks.stat()
     return DiskTotals(
         sessions=sessions,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from sessiond.branch import read_branch
-from sessiond.errors import RecordCorrupt, RevisionNotFound, SessionNotFound
+from sessiond.errors import Aborted, RecordCorrupt, RevisionNotFound, SessionNotFound
 from sessiond.references import cell_refs, tail_ref
 from sessiond.storage import keys
 from sessiond.storage.batch import LogBatch
@@ -17,6 +17,7 @@ from sessiond.storage.kv import KVOwner
 from sessiond.storage.log import LogStore
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.store import Store
+from sessiond.tree import leaves, read_tree
 
 logger = structlog.get_logger()
 
@@ -37,12 +38,24 @@ def erase_session(store: Store, tenant: str, session_id: str) -> int:
     Its KV is found by the identity it was made under, whatever model is served now. Of a damaged session goes what
     its keys and its readable records lead to; beside one that cannot be read all cells stay. Returns the bytes of KV
     freed. Raises SessionNotFound.
+
+    Revisions that a fork shares stay until the last session that can reach them goes; it takes them along.
     """
+    while True:
+        with contextlib.suppress(Aborted):  # a fork came between: count again what is needed
+            return _erase(store, tenant, session_id)
+
+
+def _erase(store: Store, tenant: str, session_id: str) -> int:
     log = store.log
     identities = _identities(log, tenant, session_id)
+    fork_point = _fork_point(log, tenant, session_id)
+    pins = {}
+    candidates = _indexed(log, tenant, session_id, fork_point) | _requested(log, tenant, session_id)
+    for revision_id in candidates:
+        pins[revision_id] = log.pins(tenant, revision_id)
     needed = _needed(store, tenant, session_id)
-    indexed = set(log.ids(tenant, keys.REVISION_INDEX, session_id)) - needed.revisions
-    own = sorted(indexed | (_requested(log, tenant, session_id) - needed.revisions))
+    own = sorted(candidates - needed.revisions)
     cells = set() if needed.all_cells else _cells_of_revisions(store, tenant, own, identities) - needed.cells
     found, damaged = cell_refs(store, tenant, sorted(cells), forget=False)
     refs = [ref for ref in found if ref]
@@ -50,7 +63,13 @@ def erase_session(store: Store, tenant: str, session_id: str) -> int:
     tails = [ref for ref in (tail_ref(store, tenant, revision_id)[0] for revision_id in own) if ref]
     batch = LogBatch()
     for revision_id in own:
+        batch.expect_pins(tenant, revision_id, pins[revision_id])
+    for revision_id in own:
         batch.delete_revision(tenant, revision_id)
+        for fork_id in pins[revision_id]:
+            batch.unpin_revision(tenant, revision_id, fork_id)
+    if fork_point:
+        batch.unpin_revision(tenant, fork_point, session_id)
     for prefix_hash in doomed:
         batch.delete_cell_ref(tenant, prefix_hash)
     batch.delete_requests(tenant, session_id)
@@ -72,6 +91,28 @@ def _identities(log: LogStore, tenant: str, session_id: str) -> list[str]:
         return log.identities()
 
 
+def _fork_point(log: LogStore, tenant: str, session_id: str) -> str:
+    """Where the session was forked; empty if it was not, or its record does not say."""
+    with contextlib.suppress(RecordCorrupt):
+        return str(log.session(tenant, session_id).extra.get("fork_point", ""))
+    return ""
+
+
+def _indexed(log: LogStore, tenant: str, session_id: str, fork_point: str) -> set[str]:
+    """The session's own revisions, and those of purged sessions that stayed for the branch it was forked from."""
+    found = set(log.ids(tenant, keys.REVISION_INDEX, session_id))
+    if not fork_point:
+        return found
+    sessions = set(log.ids(tenant, keys.SESSION))
+    owners = set()
+    for revision_id in _lineage(log, tenant, [fork_point]):
+        with contextlib.suppress(RecordCorrupt, RevisionNotFound):
+            owners.add(log.revision(tenant, revision_id).session_id)
+    for owner in owners - sessions:
+        found |= set(log.ids(tenant, keys.REVISION_INDEX, owner))
+    return found
+
+
 def _requested(log: LogStore, tenant: str, session_id: str) -> set[str]:
     """Revisions that requests became or would have become: the tokens of a turn that did not end are under its."""
     found = set()
@@ -88,11 +129,10 @@ def _cells_of_revisions(store: Store, tenant: str, own: Iterable[str], identitie
     for revision_id in own:
         with contextlib.suppress(RecordCorrupt, RevisionNotFound):
             readable.append(store.log.revision(tenant, revision_id))
-    parents = {revision.parent for revision in readable}
     cells: set[bytes] = set()
     try:
-        for leaf in (r for r in readable if r.revision_id not in parents):
-            cells |= _cells_of(store, tenant, leaf.revision_id, identities)
+        for leaf in leaves(readable):
+            cells |= _cells_of(store, tenant, leaf, identities)
     except RecordCorrupt:
         for revision in readable:  # the damage lies somewhere between root and leaf
             with contextlib.suppress(RecordCorrupt):
@@ -114,9 +154,11 @@ def _needed(store: Store, tenant: str, without: str) -> Needed:
         heads: list[str] = []
         try:
             record = log.session(tenant, session_id)
-            heads.append(record.head_revision)
-            needed.revisions |= {revision.revision_id for revision in log.chain(tenant, record.head_revision)}
-            needed.cells |= _cells_of(store, tenant, record.head_revision, [record.identity_id])
+            heads += [record.head_revision, record.root_revision, str(record.extra.get("fork_point", ""))]
+            tree = read_tree(log, record)
+            needed.revisions |= tree.keys()
+            for leaf in leaves(tree.values()):
+                needed.cells |= _cells_of(store, tenant, leaf, [record.identity_id])
         except SessionNotFound:
             continue  # purged meanwhile
         except (RecordCorrupt, RevisionNotFound) as error:
@@ -124,7 +166,8 @@ def _needed(store: Store, tenant: str, without: str) -> Needed:
                 continue
             logger.warning("a damaged session keeps KV from being erased", session=session_id, error=error.message)
             needed.all_cells = True
-            needed.revisions |= _lineage(log, tenant, [*heads, *log.ids(tenant, keys.REVISION_INDEX, session_id)])
+            known = [*filter(None, heads), *log.ids(tenant, keys.REVISION_INDEX, session_id)]
+            needed.revisions |= _lineage(log, tenant, known)
     return needed
 
 

@@ -30,7 +30,7 @@ def begin_session(desk: Desk, tenant: str, new: NewSession, model_name: str) -> 
     else:
         ids, flags = [], []
     admission.refuse_overlong(desk, 0, len(ids), generates=True)
-    session_id = _session_id(tenant, new.request_id)
+    session_id = session_id_of(tenant, new.request_id)
     root = RevisionRecord(
         tenant=tenant,
         revision_id=uuid.uuid4().hex,
@@ -80,7 +80,7 @@ def begin_session(desk: Desk, tenant: str, new: NewSession, model_name: str) -> 
     return record, batch
 
 
-def _session_id(tenant: str, request_id: str) -> str:
+def session_id_of(tenant: str, request_id: str) -> str:
     """A fresh id, or for a request_id always the same: creating twice then collides instead of making two."""
     if not request_id:
         return uuid.uuid4().hex

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from sessiond import modelstore, wireout
+from sessiond.adminservice import AdminService
 from sessiond.auth import Principals
 from sessiond.config import Settings
 from sessiond.conversation import Conversations
@@ -31,7 +32,7 @@ from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
 from sessiond.model import Model, load_tokenizer, numerics_profile
 from sessiond.scheduler import Event
-from sessiond.service import AdminService, SessionsService
+from sessiond.service import SessionsService
 from sessiond.sessions import Sessions
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.store import Store

@@ -37,11 +37,12 @@ from sessiond.live import Live
 from sessiond.newsession import begin_session
 from sessiond.paging import format_page_token, page_length, parse_page_token
 from sessiond.policies import registry
+from sessiond.restoring import Restoration
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed
-from sessiond.storage.records import SessionRecord
+from sessiond.storage.records import RevisionRecord, SessionRecord
 from sessiond.template import Message
-from sessiond.tiers import Restoration
+from sessiond.tree import Tree, find_revision, read_tree, shared_upto
 from sessiond.views import NewSession, RevisionView, SessionView, exact_view, revision_view, session_view
 
 log = structlog.get_logger()
@@ -127,7 +128,7 @@ class Sessions:
         now = self.desk.now_us()
 
         def build(record: SessionRecord) -> LogBatch:
-            _check_etag(record, etag)
+            check_etag(record, etag)
             after = replace(record, **changes, updated_us=now, generation=record.generation + 1)
             if changes.get("ttl_us") is not None:
                 after = replace(after, expire_us=now + changes["ttl_us"])
@@ -145,7 +146,7 @@ class Sessions:
         A damaged session can only be erased, and not with an etag.
         """
         if etag or not (purge_now and session_id and self._is_damaged(tenant, session_id)):
-            _check_etag(self.record(tenant, session_id, deleted_too=True), etag)
+            check_etag(self.record(tenant, session_id, deleted_too=True), etag)
         live = self.desk.live(tenant, session_id)
         refuse_busy(live)
         async with live.lease:
@@ -156,7 +157,7 @@ class Sessions:
                 return None, freed
 
             def wanted(record: SessionRecord) -> bool:
-                _check_etag(record, etag)
+                check_etag(record, etag)
                 return True
 
             record = await self._soft_delete(live, wanted)
@@ -225,7 +226,7 @@ class Sessions:
         now = self.desk.now_us()
 
         def build(record: SessionRecord) -> LogBatch:
-            _check_etag(record, etag)
+            check_etag(record, etag)
             if record.deleted_us is None:
                 raise NotDeleted(f"session {session_id} is not deleted")
             batch = LogBatch()
@@ -248,25 +249,31 @@ class Sessions:
     ) -> tuple[list[RevisionView], str]:
         """The session's revisions, oldest first."""
         record = self.record(tenant, session_id, deleted_too=True)
-        found = self.desk.store.log.revisions_of_session(tenant, session_id)
-        start = 0
+        tree = read_tree(self.desk.store.log, record)
+        found, start = list(tree.values()), 0
         if page_token:
             start = next((i + 1 for i, r in enumerate(found) if r.revision_id == page_token), -1)
             if start < 0:
                 raise InvalidPageToken(f"page_token {page_token!r} is not one of this session's")
         size = page_length(page_size)
-        page = found[start : start + size]
-        exact = (await exact_view(self.desk, record)).exact_upto
-        views = [revision_view(self.desk.store.log, revision, exact) for revision in page]
+        views = await self._revision_views(record, tree, found[start : start + size])
         more = start + size < len(found)
-        return views, page[-1].revision_id if more else ""
+        return views, views[-1].record.revision_id if more else ""
 
     async def revision(self, tenant: str, session_id: str, revision_id: str) -> RevisionView:
+        """Any revision of the session's tree."""
         record = self.record(tenant, session_id, deleted_too=True)
-        found = self.desk.store.log.revision(tenant, revision_id)
-        if found.session_id != session_id:
-            raise RevisionNotFound(f"no revision {revision_id} in session {session_id}")
-        return revision_view(self.desk.store.log, found, (await exact_view(self.desk, record)).exact_upto)
+        found = find_revision(self.desk.store.log, record, revision_id)
+        return (await self._revision_views(record, read_tree(self.desk.store.log, record), [found]))[0]
+
+    async def _revision_views(
+        self, record: SessionRecord, tree: Tree, wanted: Sequence[RevisionRecord]
+    ) -> list[RevisionView]:
+        """`exact_upto` of a revision beside the head's branch counts what both have in common."""
+        log = self.desk.store.log
+        exact = (await exact_view(self.desk, record)).exact_upto
+        chain = [revision.revision_id for revision in log.chain(record.tenant, record.head_revision)]
+        return [revision_view(log, one, min(exact, shared_upto(tree, one, chain))) for one in wanted]
 
     # --- memory --------------------------------------------------------------------------------------------------
 
@@ -283,8 +290,8 @@ class Sessions:
             report = None
             if live.cache is None:
                 try:
-                    await self.desk.make_room(live, len(live.ids))
-                    report = await self.desk.warm(live)
+                    await self.desk.make_room(live, len(live.ids), len(live.ids))
+                    report = await self.desk.warm(live, share=record.seal)
                 finally:
                     live.reserved = 0
             live.last_used = time.monotonic()
@@ -372,7 +379,7 @@ def refuse_busy(live: Live) -> None:
         raise SessionBusy(f"turn {running} is running", retry_after=1.0, request_id=running)
 
 
-def _check_etag(record: SessionRecord, etag: str) -> None:
+def check_etag(record: SessionRecord, etag: str) -> None:
     if etag and etag != str(record.generation):
         raise EtagMismatch(f"the session changed: etag is {record.generation}, not {etag}", etag=record.generation)
 

@@ -1,17 +1,11 @@
-"""Moves of a session's KV between memory and disk.
-
-Restoring reads sealed cells by their prefix hash and the head's provisional tail; what is missing or damaged is left to
-be computed from the token log. Persisting goes the other way, after a turn and off its path.
-"""
+"""Moves of a session's KV between memory and disk: restoring (restoring.py), and persisting, off a turn's path."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,36 +13,15 @@ import numpy as np
 from sessiond.branch import Ids
 from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
-from sessiond.errors import RecordCorrupt
 from sessiond.references import cell_refs, tail_ref
+from sessiond.restoring import Donor, Restoration, Restorer, leading
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import CellRef, RevisionRecord, TailRef
 from sessiond.storage.store import Store
-from sessiond.types import KVShape, Part, Span, Tier
-
-
-@dataclass(frozen=True, slots=True)
-class Recompute:
-    """Tokens that a turn had to compute again, and why."""
-
-    cause: str
-    tokens: int
-    detail: str = ""
-
-
-@dataclass(slots=True)
-class Restoration:
-    """What it took to make a session hot."""
-
-    tier: Tier = Tier.DISK
-    bytes_read: int = 0
-    milliseconds: float = 0.0
-    tokens_restored: int = 0
-    corrupt: str = ""
-    recomputed: list[Recompute] = field(default_factory=list)
+from sessiond.types import KVShape, Span
 
 
 class Tiers:
@@ -62,29 +35,26 @@ class Tiers:
         self.identity_id = identity_id
         self.profile_id = profile_id
         self.cell_tokens = store.cell_tokens
-        self._workers = max(2, os.cpu_count() or 1)
-        self._codecs = ThreadPoolExecutor(self._workers, thread_name_prefix="codec")
+        self.restorer = Restorer(store, shape, identity_id)
+        self._workers, self._codecs = self.restorer.n_workers, self.restorer.pool
         self.memory = CacheMemory(shape, capacity, self._codecs, self._workers)
 
     def close(self) -> None:
         self._codecs.shutdown()
 
-    def restore(self, tenant: str, chain: Sequence[RevisionRecord], ids: Ids) -> tuple[SessionCache, Restoration]:
-        """A cache holding as much of the history `ids` as disk has. Raises RecordCorrupt only for a damaged log."""
+    def restore(
+        self,
+        tenant: str,
+        chain: Sequence[RevisionRecord],
+        ids: Ids,
+        *,
+        donor: Donor | None = None,
+        share: bool = True,
+    ) -> tuple[SessionCache, Restoration]:
+        """A cache holding as much of `ids` as is to be found (Restorer.fill)."""
         began = time.perf_counter()
         cache = self.memory.take(len(ids))
-        report = Restoration()
-        hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
-        refs, damaged = cell_refs(self.store, tenant, hashes)
-        report.corrupt = next(iter(damaged.values()), "")
-        n_cells = _leading(refs)
-        # The tail goes first: where it reaches below the sealed cells, they overwrite it.
-        tail_end = self._read_tail(tenant, chain, cache, n_cells * self.cell_tokens, len(ids), report)
-        n_cells = self._read_cells(tenant, hashes[:n_cells], cache, report)
-        cache.sealed = n_cells * self.cell_tokens
-        tail_start, tail_stop = tail_end
-        cache.length = max(cache.sealed, tail_stop if tail_start <= cache.sealed else 0)
-        report.tokens_restored = cache.length
+        report = self.restorer.fill(tenant, chain, ids, cache, donor=donor, share=share)
         report.milliseconds = (time.perf_counter() - began) * 1e3
         return cache, report
 
@@ -95,68 +65,6 @@ class Tiers:
         owner = KVOwner("default", "cell", b"warm-up")
         list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self._codec), range(2 * self._workers)))
         self.memory.map_spare(spare_bytes)
-
-    def _read_cells(self, tenant: str, hashes: Sequence[bytes], cache: SessionCache, report: Restoration) -> int:
-        """Fill cells in parallel; returns how many leading cells are good."""
-        stripes = [range(i, len(hashes), self._workers) for i in range(min(self._workers, len(hashes)))]
-        futures = [self._codecs.submit(self._read_stripe, tenant, hashes, stripe, cache) for stripe in stripes]
-        good = len(hashes)
-        for future in futures:
-            n_bytes, bad, why = future.result()
-            report.bytes_read += n_bytes
-            if bad < good:
-                good, report.corrupt = bad, why
-        return good
-
-    def _read_stripe(
-        self, tenant: str, hashes: Sequence[bytes], cells: range, cache: SessionCache
-    ) -> tuple[int, int, str]:
-        """Bytes read, and the first bad cell with the reason (or the number of cells and nothing)."""
-        total = 0
-        for cell in cells:
-            start = cell * self.cell_tokens
-            span = Span(start, start + self.cell_tokens)
-            owner = KVOwner(tenant, "cell", hashes[cell])
-            try:
-                total += self.store.blocks.read_into(owner, start, len(span), self.shape.n_layers, _into(cache, span))
-            except RecordCorrupt as error:
-                # Without its reference the cell is written again once it has been recomputed.
-                forget = LogBatch()
-                forget.delete_cell_ref(tenant, hashes[cell])
-                self.store.log.write(forget).result()
-                return total, cell, error.message
-        return total, len(hashes), ""
-
-    def _read_tail(
-        self,
-        tenant: str,
-        chain: Sequence[RevisionRecord],
-        cache: SessionCache,
-        sealed: int,
-        n_ids: int,
-        report: Restoration,
-    ) -> tuple[int, int]:
-        """Read the newest tail of the branch that reaches beyond `sealed`; returns its span, or (0, 0)."""
-        for revision in reversed(chain):
-            if revision.position_end <= sealed:
-                break
-            ref, why = tail_ref(self.store, tenant, revision.revision_id)
-            report.corrupt = why or report.corrupt
-            if ref is None:
-                continue
-            stop = ref.start + ref.length
-            if ref.start > sealed or stop <= sealed or stop > n_ids:
-                break
-            owner = KVOwner(tenant, "tail", revision.revision_id.encode(), ref.generation)
-            try:
-                report.bytes_read += self.store.blocks.read_into(
-                    owner, ref.start, ref.length, self.shape.n_layers, _into(cache, Span(ref.start, stop))
-                )
-            except RecordCorrupt as error:
-                report.corrupt = error.message
-                break
-            return ref.start, stop
-        return 0, 0
 
     def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event) -> int:
         """Make sealed cells of the history `ids` durable, those that are not on disk yet, until `stop` is set.
@@ -237,7 +145,7 @@ class Tiers:
         stale = [KVOwner(tenant, "tail", revision_id.encode(), old.generation)] if old else []
         for revision in replaces:
             ref, _ = tail_ref(self.store, tenant, revision)
-            if ref:
+            if ref and not self.store.log.pins(tenant, revision):  # a fork may need it
                 log.delete_tail_ref(tenant, revision)
                 stale.append(KVOwner(tenant, "tail", revision.encode(), ref.generation))
         if log.ops:
@@ -249,24 +157,12 @@ class Tiers:
     def persisted_upto(self, tenant: str, chain: Sequence[RevisionRecord], ids: Ids) -> tuple[int, int]:
         """Tokens of a cold session's history whose sealed cells are on disk, and whose KV in any form is."""
         hashes = prefix_hashes(tenant, self.identity_id, ids, self.cell_tokens)
-        sealed = _leading(cell_refs(self.store, tenant, hashes, forget=False)[0]) * self.cell_tokens
+        sealed = leading(cell_refs(self.store, tenant, hashes, forget=False)[0]) * self.cell_tokens
         for revision in reversed(chain):
             ref, _ = tail_ref(self.store, tenant, revision.revision_id, forget=False)
             if ref and ref.start <= sealed:
                 return sealed, max(sealed, ref.start + ref.length)
         return sealed, sealed
-
-
-def _into(cache: SessionCache, span: Span) -> Any:
-    def out(layer: int, part: Part) -> np.ndarray[Any, Any]:
-        return cache.array(layer, int(part), span)
-
-    return out
-
-
-def _leading(refs: Sequence[CellRef | None]) -> int:
-    """How many references come before the first gap."""
-    return next((i for i, ref in enumerate(refs) if ref is None), len(refs))
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

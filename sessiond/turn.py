@@ -17,10 +17,10 @@ import structlog
 from sessiond.desk import Desk
 from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Unavailable
 from sessiond.live import Live, computed_upto
+from sessiond.restoring import Recompute, Restoration
 from sessiond.sampling import Sampler
 from sessiond.scheduler import Ended, Event, TokenOut, TurnWork
 from sessiond.storage.batch import LogBatch
-from sessiond.tiers import Recompute, Restoration
 from sessiond.turnevents import NOTHING, Accepted, Finished, Tokens
 from sessiond.turnlog import commit_turn, discard_turn, open_turn, suspend_turn
 from sessiond.turnplan import TurnPlan
@@ -119,13 +119,14 @@ class Turn:
 
     async def _start(self) -> None:
         plan, live = self.plan, self.live
+        held = len(live.ids) + len(plan.prompt)
         if plan.kind != "append":  # may refuse the turn, which then has used up no request_id
             expected = min(plan.sampling.max_tokens or EXPECTED_TOKENS, EXPECTED_TOKENS)
-            await self.desk.make_room(live, len(live.ids) + len(plan.prompt) + expected)
+            await self.desk.make_room(live, held, held + expected)
         opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
         try:
-            if live.cache is None and plan.kind != "append":
-                self.stream.restored = await self.desk.warm(live)
+            if plan.kind != "append":
+                await self._warm(held)
         finally:
             if opening is not None:
                 await opening
@@ -134,8 +135,7 @@ class Turn:
             self._ended.set_result(Ended(self.turn_id, FinishReason.STOP))
             return
         assert live.cache is not None
-        if plan.attachment == "started":  # positions beyond the history are of a turn that was given up
-            live.cache.truncate(len(live.ids), self.desk.store.cell_tokens)
+        have = live.cache.length
         tokens = [*live.ids.tolist(), *plan.prompt]
         sampler = Sampler(plan.sampling, self.desk.vocab_size, tokens)
         known = max(computed_upto(live.chain), live.cache.length)
@@ -157,7 +157,7 @@ class Turn:
             self.stream.tokens.append(Tokens.of(token))
         computed = sum(piece.end - piece.start for piece in work.pieces)
         if self.stream.restored is not None:
-            self._explain_restoration(self.stream.restored, work)
+            self._explain_restoration(self.stream.restored, work, have)
             if not (self.stream.restored.tokens_restored or self.stream.restored.recomputed):
                 self.stream.restored = None  # there was nothing to restore
         self.desk.reused_tokens += len(tokens) - computed
@@ -169,6 +169,16 @@ class Turn:
         else:
             self._submitted = True
             self.desk.engine.submit(work)
+
+    async def _warm(self, held: int) -> None:
+        """Have the KV in memory that is to be had: the history's, and cells of the prompt that others computed."""
+        cache, plan, cell_tokens = self.live.cache, self.plan, self.desk.store.cell_tokens
+        if cache is not None:
+            if plan.attachment == "started":  # positions beyond the history are of a turn that was given up
+                cache.truncate(len(self.live.ids), cell_tokens)
+            if held - cache.length < cell_tokens or not plan.record.seal:
+                return
+        self.stream.restored = await self.desk.warm(self.live, plan.prompt, share=plan.record.seal)
 
     def _accept(self, new: int, reused: int) -> None:
         self.stream.accepted = Accepted(
@@ -186,13 +196,13 @@ class Turn:
         await open_turn(self.desk, self.live, self.plan)
         self._opened = True
 
-    def _explain_restoration(self, restored: Restoration, work: TurnWork) -> None:
-        missing = max(0, work.known - restored.tokens_restored)
+    def _explain_restoration(self, restored: Restoration, work: TurnWork, have: int) -> None:
+        missing = max(0, work.known - have)
         if missing:
             cause = "corrupt" if restored.corrupt else "not_persisted"
             restored.recomputed.append(Recompute(cause, missing, restored.corrupt))
         history = len(self.live.ids)
-        again = work.recomputed(max(history, restored.tokens_restored), work.computed_before) if self.plan.logged else 0
+        again = work.recomputed(max(history, have), work.computed_before) if self.plan.logged else 0
         if again:
             restored.recomputed.append(Recompute("interrupted", again))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sessiond.restoring import Restoration
 from sessiond.sampling import Sampled
 from sessiond.scheduler import TokenOut
-from sessiond.tiers import Restoration
 from sessiond.types import FinishReason
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 from sessiond.errors import SessiondError
-from sessiond.tiers import Restoration
+from sessiond.restoring import Restoration
 from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent
 
 

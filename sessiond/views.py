@@ -31,6 +31,34 @@ class NewSession:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """A ForkSession request. An empty `revision_id` is the head; no `policy` is that of the session."""
+
+    session_id: str
+    revision_id: str
+    request_id: str
+    digest: str
+    labels: dict[str, str] = field(default_factory=dict)
+    recompute: bool = False
+    model: str = ""
+    adapter: str = ""
+    policy: tuple[str, dict[str, Any]] | None = None
+    ttl_us: int | None = None
+    expire_us: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """A RollbackSession request."""
+
+    session_id: str
+    revision_id: str
+    request_id: str
+    digest: str
+    etag: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionView:
     """A session as clients see it: its record and where its state is now."""
 

@@ -23,7 +23,7 @@ from sessiond.sampling import SamplingParams
 from sessiond.template import Message, ToolCall
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2 as types
-from sessiond.views import NewSession
+from sessiond.views import Fork, NewSession, Rollback
 
 MAX_TTL_US = 100 * 366 * 86_400 * 1_000_000
 MAX_TIME_US = 253_402_300_800 * 1_000_000
@@ -146,10 +146,8 @@ def new_session(request: pb.CreateSessionRequest) -> NewSession:
     if request.system:
         given = (Message("system", request.system), *given)
     ttl, expire = expiration(request)
-    if len(request.request_id.encode()) > 128:
-        raise BadRequest("request_id is at most 128 bytes", field="request_id")
     return NewSession(
-        request_id=request.request_id,
+        request_id=_request_id(request.request_id),
         digest=digest(request),
         messages=given,
         token_ids=tuple(request.token_ids.ids) if request.HasField("token_ids") else None,
@@ -161,6 +159,41 @@ def new_session(request: pb.CreateSessionRequest) -> NewSession:
         ttl_us=ttl,
         expire_us=expire,
     )
+
+
+def fork(request: pb.ForkSessionRequest) -> Fork:
+    """Raises BadRequest or UnknownPolicy."""
+    ttl, expire = expiration(request)
+    return Fork(
+        session_id=request.session_id,
+        revision_id=request.revision_id,
+        request_id=_request_id(request.request_id),
+        digest=digest(request),
+        labels=labels(request.labels),
+        recompute=request.recompute,
+        model=request.model,
+        adapter=request.adapter,
+        policy=policy(request.policy) if request.HasField("policy") else None,
+        ttl_us=ttl,
+        expire_us=expire,
+    )
+
+
+def rollback(request: pb.RollbackSessionRequest) -> Rollback:
+    """Raises BadRequest."""
+    return Rollback(
+        session_id=request.session_id,
+        revision_id=request.revision_id,
+        request_id=_request_id(request.request_id),
+        digest=digest(request),
+        etag=request.etag,
+    )
+
+
+def _request_id(given: str) -> str:
+    if len(given.encode()) > 128:
+        raise BadRequest("request_id is at most 128 bytes", field="request_id")
+    return given
 
 
 def turn_request(request: pb.GenerateRequest) -> TurnRequest:

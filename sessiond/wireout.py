@@ -9,10 +9,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc import error_details_pb2, status_pb2
 
 from sessiond.errors import SessiondError
+from sessiond.restoring import Restoration
 from sessiond.template import Message
-from sessiond.tiers import Restoration
 from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent
-from sessiond.types import FinishReason
+from sessiond.types import FinishReason, Tier
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2 as types
 from sessiond.views import RevisionView, SessionView
@@ -137,7 +137,7 @@ def usage(value: dict[str, int]) -> types.Usage:
 
 def restored(report: Restoration) -> pb.Restored:
     return pb.Restored(
-        tier=types.TIER_COLD,
+        tier=types.TIER_HOT if report.tier is Tier.DEVICE else types.TIER_COLD,
         bytes_read=report.bytes_read,
         milliseconds=report.milliseconds,
         tokens_restored=report.tokens_restored,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,18 @@ class LogBatch:
     def delete_tail_ref(self, tenant: str, revision_id: str) -> None:
         self._delete(keys.record_key(tenant, keys.TAIL_REF, revision_id))
 
+    def pin_revision(self, tenant: str, revision_id: str, session_id: str) -> None:
+        """Note that a session was forked at a revision; the batch fails (RevisionNotFound) if it is not there."""
+        self.ops.append(lambda txn: _check_revision(txn, tenant, revision_id))
+        self._put(keys.record_key(tenant, keys.PIN, revision_id, session_id), {})
+
+    def unpin_revision(self, tenant: str, revision_id: str, session_id: str) -> None:
+        self._delete(keys.record_key(tenant, keys.PIN, revision_id, session_id))
+
+    def expect_pins(self, tenant: str, revision_id: str, known: Collection[str]) -> None:
+        """The batch fails (Aborted) if a session other than those `known` has been forked at the revision."""
+        self.ops.append(lambda txn: _check_pins(txn, tenant, revision_id, known))
+
     def put_identity(self, identity_id: str, fields: dict[str, Any]) -> None:
         """Register what an identity id stands for."""
         self._put(keys.global_key(keys.IDENTITY, identity_id), fields)
@@ -195,6 +207,18 @@ def _check_joined(txn: WriteTxn, tenant: str, revision_id: str, start: int) -> N
             end = keys.tokens_start(key) + (n if isinstance(n, int) else 0)
     if end != start:
         raise errors.SessiondError(f"tokens {start} and on of revision {revision_id} would leave a gap behind {end}")
+
+
+def _check_revision(txn: WriteTxn, tenant: str, revision_id: str) -> None:
+    if txn.get(keys.record_key(tenant, keys.REVISION, revision_id)) is None:
+        raise errors.RevisionNotFound(f"no revision {revision_id}")
+
+
+def _check_pins(txn: WriteTxn, tenant: str, revision_id: str, known: Collection[str]) -> None:
+    for key, _ in iter_range(txn, keys.record_key(tenant, keys.PIN, revision_id)):
+        session_id = keys.split_strings(keys.split(key)[2])[1]
+        if session_id not in known:
+            raise errors.Aborted(f"session {session_id} has been forked at revision {revision_id}")
 
 
 def _delete_value(txn: WriteTxn, key: bytes) -> None:

@@ -20,6 +20,7 @@ TOKENS = 0x74
 REQUEST = 0x71
 CELL_REF = 0x63
 TAIL_REF = 0x6C
+PIN = 0x66
 IDENTITY = 0x69
 PROFILE = 0x70
 KV_CELL = 0x43
@@ -34,6 +35,7 @@ KIND_NAMES = {
     REQUEST: "request",
     CELL_REF: "cell-ref",
     TAIL_REF: "tail-ref",
+    PIN: "pin",
     IDENTITY: "identity",
     PROFILE: "profile",
     KV_CELL: "kv-cell",

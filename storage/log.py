@@ -168,6 +168,18 @@ class LogStore:
                 out += _readable(CellRef, key, value, on_corrupt)
         return out
 
+    def all_tail_refs(self, tenant: str, on_corrupt: OnCorrupt | None = None) -> list[TailRef]:
+        """Every tail reference of a tenant, in revision order; `on_corrupt` as for `sessions`."""
+        out: list[TailRef] = []
+        with self._env.read() as txn:
+            for key, value in _range(txn, keys.kind_prefix(tenant, keys.TAIL_REF)):
+                out += _readable(TailRef, key, value, on_corrupt)
+        return out
+
+    def pins(self, tenant: str, revision_id: str) -> list[str]:
+        """Sessions that were forked at a revision. Read from the keys alone."""
+        return self.ids(tenant, keys.PIN, revision_id)
+
     def tail_ref(self, tenant: str, revision_id: str) -> TailRef | None:
         return self._get(TailRef, keys.record_key(tenant, keys.TAIL_REF, revision_id))
 

@@ -24,9 +24,9 @@ LAYERS: list[list[str]] = [
     ["doctor"],
     ["doctor_*"],
     ["server"],
-    ["service", "auth"],
+    ["service", "adminservice", "auth"],
     ["wirein", "wireout", "metrics"],
-    ["conversation", "keeper"],
+    ["conversation", "branching", "keeper"],
     ["sessions"],
     ["newsession"],
     ["views", "paging"],
@@ -36,6 +36,7 @@ LAYERS: list[list[str]] = [
     ["turnplan", "turnstream"],
     ["turnevents"],
     ["desk"],
+    ["sharing"],
     ["live"],
     ["lifecycle"],
     ["engine"],
@@ -46,11 +47,12 @@ LAYERS: list[list[str]] = [
     ["model"],
     ["attention"],
     ["tiers"],
+    ["restoring"],
     ["cachememory"],
     ["cache"],
     ["diskuse", "erasure"],
     ["references"],
-    ["branch"],
+    ["branch", "tree"],
     ["storage.*"],
     ["policies.*"],
     ["kernels.*"],
@@ -75,7 +77,7 @@ KNOWS: dict[str, list[str]] = {
 
 # Who may import which library, wherever in the file.
 RESTRICTED: dict[str, list[str]] = {
-    "grpc": ["server", "service", "cli_*", "clients.*", "v1.*"],
+    "grpc": ["server", "service", "adminservice", "cli_*", "clients.*", "v1.*"],
     "grpc_status": ["server", "clients.*"],
     "transformers": ["model", "attention", "cache", "modelconvert"],
     "torch": [

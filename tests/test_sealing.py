@@ -18,13 +18,14 @@ from kernel_spy import KernelSpy
 
 from sessiond.cache import SessionCache
 from sessiond.model import Model
+from sessiond.restoring import Restoration
 from sessiond.scheduler import CellSealed, Scheduler
 from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import RevisionRecord
 from sessiond.storage.store import Store
-from sessiond.tiers import Restoration, Tiers
+from sessiond.tiers import Tiers
 from sessiond.types import Span
 
 TENANT, IDENTITY, PROFILE = "acme", "tiny", "here"
@@ -328,6 +329,6 @@ def test_another_identity_or_tenant_restores_nothing(model, midway, tmp_path):
         ids = np.array(midway.log, np.uint32)
         cache, _ = tiers.restore("other", [], ids)
         assert cache.length == 0
-        tiers.identity_id = "another"
+        tiers.restorer.identity_id = "another"
         cache, _ = tiers.restore(TENANT, [], ids)
         assert cache.length == 0

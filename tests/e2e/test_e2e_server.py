@@ -37,8 +37,6 @@ class TestWhatALaterVersionWillServe:
     @pytest.mark.parametrize(
         ("service", "method", "request_"),
         [
-            ("sessions", "ForkSession", pb.ForkSessionRequest(session_id="x")),
-            ("sessions", "RollbackSession", pb.RollbackSessionRequest(session_id="x", revision_id="y")),
             ("sessions", "ExplainTurn", pb.ExplainTurnRequest(session_id="x")),
             ("sessions", "ExportSession", pb.ExportSessionRequest(session_id="x")),
             ("sessions", "ImportSession", iter([pb.ImportSessionRequest()])),

@@ -1,0 +1,109 @@
+"""The gRPC service Admin: what the daemon is and does, and the care of its store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+
+from sessiond import wireout
+from sessiond.auth import Principals
+from sessiond.desk import Desk
+from sessiond.diskuse import disk_totals
+from sessiond.errors import NotImplementedYet
+from sessiond.policies.registry import POLICIES
+from sessiond.sessions import Sessions
+from sessiond.v1 import admin_pb2 as admin
+from sessiond.v1 import types_pb2 as types
+from sessiond.v1.admin_pb2_grpc import AdminServicer
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AdminService(AdminServicer):
+    """sessiond.v1.Admin."""
+
+    def __init__(
+        self, sessions: Sessions, identity: dict[str, str], profile: dict[str, str], principals: Principals
+    ) -> None:
+        self.sessions = sessions
+        self.identity = identity
+        self.profile = profile
+        self.tenant = principals.tenant
+        self.started_us = Desk.now_us()
+        self.started = time.monotonic()
+
+    async def GetServerInfo(self, request: admin.GetServerInfoRequest, context: Context) -> admin.GetServerInfoResponse:
+        self.tenant(context)
+        desk = self.sessions.desk
+        state = admin.SERVER_STATE_DRAINING if self.sessions.draining else admin.SERVER_STATE_SERVING
+        return admin.GetServerInfoResponse(
+            version=version("sessiond"),
+            capabilities=["sealing", "resume", "revisions", "branches", "shared_prefixes"],
+            model=self.sessions.model_name,
+            identity=types.ModelIdentity(identity_id=desk.identity_id, fields=self.identity),
+            numerics_profile=admin.NumericsProfile(fields=self.profile),
+            kernels={name: self.profile[name] for name in ("prefill", "few_rows")},
+            cell_tokens=desk.store.cell_tokens,
+            max_context_tokens=desk.max_context,
+            start_time=wireout.timestamp(self.started_us),
+            data_directory=str(desk.store.root),
+            state=state,
+            policies=sorted(POLICIES),
+        )
+
+    async def GetStats(self, request: admin.GetStatsRequest, context: Context) -> admin.GetStatsResponse:
+        self.tenant(context)
+        desk = self.sessions.desk
+        usage = await desk.in_pool(disk_totals, desk.store)
+        counters = desk.engine.counters
+        hot = desk.hot_sessions
+        response = admin.GetStatsResponse(
+            sessions_by_tier={"hot": hot, "cold": usage.sessions - usage.deleted - hot},
+            sessions_deleted=usage.deleted,
+            turns_running=len(desk.turns),
+            turns_suspended=max(0, usage.suspended - len(desk.turns)),  # a running one is open as well
+            memory_bytes_by_tier={"device": desk.hot_bytes},
+            memory_budget_bytes_by_tier={"device": desk.settings.memory_budget_bytes},
+            disk=admin.DiskUsage(
+                log_file_bytes=usage.log_file,
+                blocks_file_bytes=usage.blocks_file,
+                kv_coded_bytes=usage.coded,
+                kv_raw_bytes=usage.raw,
+                index_bytes=usage.index,
+                free_bytes=desk.store.free_bytes(),
+            ),
+            tokens=admin.TokenTotals(
+                prefilled=counters.prefilled,
+                decoded=counters.decoded,
+                restored=desk.restored_tokens,
+                recomputed=counters.recomputed,
+                sealed=counters.sealed,
+                reused=desk.reused_tokens,
+            ),
+            gauges={"kv_coded_page_bytes": float(usage.coded_pages), "engine_steps": float(counters.steps)},
+            sample_time=wireout.timestamp(desk.now_us()),
+        )
+        response.uptime.FromNanoseconds(int((time.monotonic() - self.started) * 1e9))
+        return response
+
+    async def WatchStats(
+        self, request: admin.WatchStatsRequest, context: Context
+    ) -> AsyncIterator[admin.GetStatsResponse]:
+        raise NotImplementedYet("WatchStats is not served by this version")
+        yield
+
+    async def VerifyStore(
+        self, request: admin.VerifyStoreRequest, context: Context
+    ) -> AsyncIterator[admin.VerifyStoreResponse]:
+        raise NotImplementedYet("VerifyStore is not served by this version")
+        yield
+
+    async def CompactStore(self, request: admin.CompactStoreRequest, context: Context) -> admin.CompactStoreResponse:
+        raise NotImplementedYet("CompactStore is not served by this version")
+
+    async def DrainServer(self, request: admin.DrainServerRequest, context: Context) -> admin.DrainServerResponse:
+        raise NotImplementedYet("DrainServer is not served by this version")

@@ -1,0 +1,168 @@
+"""Forks and rollbacks: heads multiply or move; revisions, tokens and KV stay where they are."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+from sessiond.desk import Desk
+from sessiond.errors import BadRequest, NotImplementedYet, RequestIdReused, SessionExists, SessionNotFound
+from sessiond.live import Live, touched
+from sessiond.newsession import session_id_of
+from sessiond.policies import registry
+from sessiond.sessions import Sessions, check_etag, refuse_busy
+from sessiond.sharing import common_tokens
+from sessiond.storage.batch import LogBatch
+from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecord
+from sessiond.tree import find_revision
+from sessiond.turnlog import discard_turn
+from sessiond.views import Fork, Rollback, SessionView, session_view
+
+
+async def fork(sessions: Sessions, tenant: str, asked: Fork) -> SessionView:
+    """A new session whose head is a revision of another. One small transaction: no token and no KV is copied.
+
+    The same request_id again returns the session it made. Raises RevisionNotFound, RequestIdReused, IdentityMismatch.
+    """
+    sessions.refuse_draining()
+    desk, log = sessions.desk, sessions.desk.store.log
+    if (asked.model or asked.adapter) and not asked.recompute:
+        raise BadRequest("another model or adapter needs recompute", field="model" if asked.model else "adapter")
+    if asked.recompute:
+        raise NotImplementedYet("ForkSession with recompute is not served by this version", field="recompute")
+    if asked.policy is not None:
+        registry.parse(*asked.policy)
+    fork_id = session_id_of(tenant, asked.request_id)
+    if asked.request_id and (made := _made_before(sessions, tenant, fork_id, asked)):
+        return session_view(desk, made)
+    source = sessions.record(tenant, asked.session_id)
+    sessions.refuse_foreign(source)
+    head = find_revision(log, source, asked.revision_id or source.head_revision)
+    record = _forked(source, head, fork_id, asked, desk.now_us())
+    batch = LogBatch()
+    batch.pin_revision(tenant, head.revision_id, fork_id)  # fails if a purge has just taken it away
+    batch.put_session(record, expect_generation=0)
+    try:
+        await asyncio.wrap_future(log.write(batch))
+    except SessionExists:  # the same request, at the same time
+        return session_view(desk, _made_before(sessions, tenant, fork_id, asked) or log.session(tenant, fork_id))
+    desk.index(record)
+    return session_view(desk, record)
+
+
+def _made_before(sessions: Sessions, tenant: str, fork_id: str, asked: Fork) -> SessionRecord | None:
+    """What the same request has made. Raises RequestIdReused if another request made it."""
+    try:
+        record = sessions.desk.store.log.session(tenant, fork_id)
+    except SessionNotFound:
+        return None
+    if record.extra.get("digest") != asked.digest:
+        raise RequestIdReused(f"request_id {asked.request_id} made another session", request_id=asked.request_id)
+    return record
+
+
+def _forked(source: SessionRecord, head: RevisionRecord, fork_id: str, asked: Fork, now: int) -> SessionRecord:
+    return SessionRecord(
+        tenant=source.tenant,
+        session_id=fork_id,
+        head_revision=head.revision_id,
+        root_revision=source.root_revision,
+        model=source.model,
+        adapter=source.adapter,
+        identity_id=source.identity_id,
+        policy=source.policy if asked.policy is None else {"name": asked.policy[0], "knobs": asked.policy[1]},
+        labels=asked.labels,
+        created_us=now,
+        updated_us=now,
+        last_used_us=now,
+        ttl_us=asked.ttl_us,
+        expire_us=now + asked.ttl_us if asked.ttl_us is not None else asked.expire_us,
+        deleted_us=None,
+        purge_us=None,
+        generation=1,
+        create_request_id=asked.request_id,
+        seal=source.seal,
+        extra={"digest": asked.digest, "fork_point": head.revision_id},
+    )
+
+
+async def rollback(sessions: Sessions, tenant: str, asked: Rollback) -> SessionView:
+    """Move the head to a revision of the session's tree; KV of what both heads share stays in memory.
+
+    A suspended turn is given up. The same request_id again moves nothing. Raises RevisionNotFound, RequestIdReused,
+    EtagMismatch, SessionBusy.
+    """
+    sessions.refuse_draining()
+    desk, log = sessions.desk, sessions.desk.store.log
+    sessions.record(tenant, asked.session_id)
+    if not asked.revision_id:
+        raise BadRequest("a rollback names a revision", field="revision_id")
+    live = desk.live(tenant, asked.session_id)
+    refuse_busy(live)
+    async with live.lease:
+        record = sessions.record(tenant, asked.session_id)
+        if asked.request_id and (known := log.request(tenant, asked.session_id, asked.request_id)):
+            if known.digest != asked.digest:
+                raise RequestIdReused(
+                    f"request_id {asked.request_id} belongs to a different request", request_id=asked.request_id
+                )
+            return session_view(desk, record)
+        check_etag(record, asked.etag)
+        target = find_revision(log, record, asked.revision_id)
+        await desk.unsettle(live)
+        try:
+            record = await _give_up_suspended(desk, live, record)
+            record = await _move_head(desk, live, asked, target.revision_id)
+            before = live.ids
+            live.load_history(log, record.head_revision)
+            if live.cache:
+                live.cache.truncate(common_tokens(before, live.ids), desk.store.cell_tokens)
+                live.persisted = min(live.persisted, live.cache.length)
+        finally:
+            if live.cache:
+                desk.settle(live)
+            live.last_used = time.monotonic()
+    return session_view(desk, record)
+
+
+async def _give_up_suspended(desk: Desk, live: Live, record: SessionRecord) -> SessionRecord:
+    """Close the turn that stands suspended, if one does; the history in memory is the head's afterwards."""
+    live.load_history(desk.store.log, record.head_revision)
+    open_id = record.extra.get("open_request")
+    suspended = desk.store.log.request(live.tenant, live.session_id, open_id) if open_id else None
+    if suspended:
+        return await discard_turn(desk, live, suspended)
+    if live.cache:
+        live.cache.truncate(len(live.ids), desk.store.cell_tokens)
+    return record
+
+
+async def _move_head(desk: Desk, live: Live, asked: Rollback, revision_id: str) -> SessionRecord:
+    now = desk.now_us()
+
+    def build(record: SessionRecord) -> LogBatch:
+        check_etag(record, asked.etag)
+        batch = LogBatch()
+        moved = replace(
+            touched(record, now), head_revision=revision_id, updated_us=now, generation=record.generation + 1
+        )
+        batch.put_session(moved, expect_generation=record.generation)
+        if asked.request_id:
+            batch.put_request(
+                RequestRecord(
+                    tenant=live.tenant,
+                    session_id=live.session_id,
+                    request_id=asked.request_id,
+                    digest=asked.digest,
+                    state="finished",
+                    base_revision=record.head_revision,
+                    revision_id=revision_id,
+                    params={"mode": "rollback"},
+                    created_us=now,
+                    updated_us=now,
+                )
+            )
+        return batch
+
+    return await desk.edit(live, build)
