@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -34,8 +36,16 @@ PROFILE = "fake-profile"
 
 
 @cache
+def model_folder() -> Path:
+    """The tiny chat model, made once a process: the fake model takes its tokenizer."""
+    folder = mkdtemp(prefix="tiny-model-")
+    atexit.register(shutil.rmtree, folder)
+    return write_chat_model(Path(folder))
+
+
+@cache
 def tokenizer() -> Any:
-    return load_tokenizer(write_chat_model(Path(mkdtemp(prefix="fake-model-"))))
+    return load_tokenizer(model_folder())
 
 
 class FakeDaemon:

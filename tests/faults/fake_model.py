@@ -6,6 +6,7 @@ So what any run must say is known without a second run (`Pure`), and one wrong b
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ from sessiond.types import KVShape, Span
 
 SHAPE = KVShape(n_layers=2, n_kv_heads=1, head_dim=4, dtype="float32")
 VOCAB = 261  # as the tiny chat model's tokenizer has
-_FIRST_LETTER = 3  # of those ids that stand for printable ASCII
-SPOKEN = [ord(letter) - 33 + _FIRST_LETTER for letter in LETTERS.replace(" ", "")]
+_FIRST_BYTE = 3  # its ids stand for bytes, from this one on
+SPOKEN = [ord(letter) + _FIRST_BYTE for letter in LETTERS]
 _MASK = (1 << 64) - 1
 
 
@@ -70,6 +71,11 @@ class Pure:
         return out
 
 
+def text_of(ids: Sequence[int]) -> str:
+    """What an answer reads as; its end token shows nothing."""
+    return "".join(chr(token - _FIRST_BYTE) for token in ids if token != STOP)
+
+
 def answer_to(ids: Sequence[int], max_tokens: int) -> list[int]:
     return Pure(ids).answer(max_tokens)
 
@@ -77,7 +83,8 @@ def answer_to(ids: Sequence[int], max_tokens: int) -> list[int]:
 class FakeModel:
     """In the place of sessiond.model.Model."""
 
-    def __init__(self) -> None:
+    def __init__(self, step_seconds: float = 0.0) -> None:
+        self.step_seconds = step_seconds
         self.vocab_size = VOCAB
         self.max_context = CONTEXT
         self.shape = SHAPE
@@ -106,6 +113,7 @@ class FakeModel:
             self._let.wait_for(lambda: self._left is None or self._left > 0)
             if self._left is not None:
                 self._left -= len(logit_rows)
+        time.sleep(self.step_seconds)
         said: list[int] = []
         for feed in feeds:
             said += self._feed(feed, {row - len(said) for row in logit_rows})

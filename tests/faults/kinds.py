@@ -27,6 +27,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),
     # Of the whole daemon; a chunk pays some seconds for importing torch.
     Kind("state_machine", "state_machine", slice=8, ci=500, release=5_000, chunk=250),
+    Kind("dropped_retries", "dropped_retries", slice=200, ci=2_000, release=20_000, chunk=1_000),
 )
 
 BY_NAME = {kind.name: kind for kind in KINDS}
