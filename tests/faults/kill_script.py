@@ -23,6 +23,7 @@ from sessiond.v1 import sessions_pb2, types_pb2
 T = TypeVar("T")
 TEXT = "word " * 30
 TOKENS = 20
+STILL_SECONDS = 1.5
 SEEDED: dict[str, Any] = {"temperature": 3.0, "seed": 7, "logit_bias": NO_END}
 
 
@@ -157,13 +158,37 @@ class Client:
                 await asyncio.sleep(0.01)
 
     async def settled(self, session: str) -> None:
-        """Whole cells are sealed and all is on disk; or the session is cold, and nothing works on it."""
+        """Nothing works on the session: all is sealed and on disk, or it is cold, or for a while nothing has changed.
+
+        A turn that had said all its tokens when its daemon died is committed without computing them: its KV stays
+        absent until the next turn.
+        """
+        began, upto = time.monotonic(), (-1, -1)
 
         def quiet(now: types_pb2.Session) -> bool:
+            nonlocal began, upto
+            if upto != (now.exact_upto, now.persisted_upto):
+                began, upto = time.monotonic(), (now.exact_upto, now.persisted_upto)
             on_disk = now.exact_upto == now.token_count // 128 * 128 and now.persisted_upto >= now.token_count - 1
-            return now.tier == types_pb2.TIER_COLD or on_disk
+            return now.tier == types_pb2.TIER_COLD or on_disk or time.monotonic() - began > STILL_SECONDS
 
         await self.do(lambda _: self.until(session, quiet))
+
+    async def aborted(self, session: str, request_id: str, text: str, tokens: int, **options: Any) -> None:
+        """Stop a turn that runs."""
+        while True:
+            try:
+                stream = self.peer.open(session, text, request_id=request_id, **options)
+                turn = await stream.read(lambda turn: len(turn.ids) >= tokens or "finished" in turn.kinds)
+                if turn.error:
+                    raise turn.error
+                await self.peer.abort(session, request_id)
+                break
+            except SessiondClientError as error:
+                if error.code is not StatusCode.UNAVAILABLE:
+                    raise
+                await self._revive()
+        await self.until(session, lambda now: not now.running_request_id and not now.suspended_request_id)
 
 
 async def hold(client: Client) -> None:
@@ -179,8 +204,7 @@ async def hold(client: Client) -> None:
     await turn(a, "a2", TEXT, max_tokens=4 * TOKENS, **SEEDED)
     await client.cut(a, "a3", "Never mind", 3, max_tokens=400, **SEEDED)
     await turn(a, "a4", TEXT, supersede=True)
-    await client.cut(a, "a5", "Stop", 3, max_tokens=400, **SEEDED)
-    await do(lambda peer: peer.abort(a, "a5"))
+    await client.aborted(a, "a5", "Stop", 3, max_tokens=400, **SEEDED)
     labelled = types_pb2.Session(session_id=a, labels={"colour": "blue"})
     await do(lambda peer: peer.update(labelled, "labels"))
     await do(lambda peer: peer.suspend(a))

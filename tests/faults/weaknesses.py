@@ -9,10 +9,14 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from unittest import mock
 
+from numpy.typing import NDArray
+
 from sessiond.cache import SessionCache
 from sessiond.storage import envelope, kv
 from sessiond.storage.environment import Environment, Op
+from sessiond.storage.kv import KVRecord
 from sessiond.storage.log import LogStore
+from sessiond.tiers import Tiers
 
 
 @contextlib.contextmanager
@@ -51,6 +55,24 @@ def _no_truncation() -> AbstractContextManager[Any]:
     return mock.patch.object(SessionCache, "truncate")
 
 
+def _no_tail() -> AbstractContextManager[Any]:
+    """Provisional KV is not written."""
+    return mock.patch.object(Tiers, "persist_tail", return_value=0)
+
+
+@contextlib.contextmanager
+def _careless_restore() -> Iterator[None]:
+    """What is read from disk lands one bit beside what was written."""
+    decode = KVRecord.decode
+
+    def careless(self: KVRecord, layer: int, out: NDArray[Any], scratch: NDArray[Any]) -> None:
+        decode(self, layer, out, scratch)
+        out[0, 0, 0] ^= 1
+
+    with mock.patch.object(KVRecord, "decode", careless):
+        yield
+
+
 # Variant of a run -> the defence that is off in it.
 WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": contextlib.nullcontext,
@@ -58,4 +80,6 @@ WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_request_lookup": _no_request_lookup,
     "no_checksum": _no_checksum,
     "no_truncation": _no_truncation,
+    "no_tail": _no_tail,
+    "careless_restore": _careless_restore,
 }
