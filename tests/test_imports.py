@@ -50,7 +50,7 @@ LAYERS: list[list[str]] = [
     ["restoring"],
     ["cachememory"],
     ["cache"],
-    ["diskuse", "erasure"],
+    ["diskuse", "erasure", "damage"],
     ["references"],
     ["branch", "tree"],
     ["storage.*"],

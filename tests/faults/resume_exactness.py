@@ -94,7 +94,10 @@ class Subject:
         counters = desk.engine.counters
         before = counters.prefilled
         self.recorder.rows = []
+        settings = desk.settings
+        desk.settings = settings.model_copy(update={"settle_seconds": 60.0})  # nothing is sealed while it is looked at
         turn = await self.peer.turn(session, text, max_tokens=N_LAST)
+        desk.settings = settings
         cache = desk.live("default", session).cache
         assert cache is not None
         return Last(
@@ -153,7 +156,7 @@ async def forked_cold(subject: Subject, session: str) -> str:
 
 async def rolled_back(subject: Subject, session: str) -> str:
     head = (await subject.peer.get(session)).head_revision_id
-    await subject.peer.turn(session, "Never said. " * 20, max_tokens=8)
+    await subject.peer.turn(session, "Never said.", max_tokens=8)
     request = sessions_pb2.RollbackSessionRequest(session_id=session, revision_id=head)
     await subject.peer.call(subject.peer.sessions.RollbackSession, request)
     return session
