@@ -30,6 +30,7 @@ KINDS: tuple[Kind, ...] = (
     # 61 points, in two chunks of equal size: see kill_daemon.run.
     Kind("kill_daemon", "kill_daemon", slice=2, ci=62, release=62 * 25, chunk=31),
     Kind("resume_exactness", "resume_exactness", slice=8, ci=200, release=5_000, chunk=100),
+    Kind("failed_restore", "failed_restore", slice=14, ci=14 * 20, release=14 * 500, chunk=14 * 10),
     Kind("dropped_retries", "dropped_retries", slice=200, ci=2_000, release=20_000, chunk=1_000),
 )
 

@@ -12,6 +12,7 @@ from unittest import mock
 from numpy.typing import NDArray
 
 from sessiond.cache import SessionCache
+from sessiond.cachememory import CacheMemory
 from sessiond.storage import envelope, kv
 from sessiond.storage.environment import Environment, Op
 from sessiond.storage.kv import KVRecord
@@ -73,6 +74,19 @@ def _careless_restore() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _restore_over_live() -> Iterator[None]:
+    """All sessions are restored into the memory of the first."""
+    take, first = CacheMemory.take, []
+
+    def same(self: CacheMemory, length: int) -> SessionCache:
+        first.append(take(self, length))
+        return first[0]
+
+    with mock.patch.object(CacheMemory, "take", same):
+        yield
+
+
 # Variant of a run -> the defence that is off in it.
 WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": contextlib.nullcontext,
@@ -82,4 +96,5 @@ WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_truncation": _no_truncation,
     "no_tail": _no_tail,
     "careless_restore": _careless_restore,
+    "restore_over_live": _restore_over_live,
 }
