@@ -22,26 +22,28 @@ from sessiond.storage.kv import KVOwner
 from sessiond.storage.store import Store
 
 RESTART_SECONDS = 10.0
+# The point at which a missing defence shows.
+SHOWN_AT = {"log_late": "suspend-before", "no_request_lookup": "revision-durable-untold"}
 POINTS_IN_TURN = random.Random(0).sample(POINTS, len(POINTS))  # so that the points of a short run lie apart
 
 
 def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
     """One kill at each of the `count` points that come after `seed` times as many, round and round: runs of equal
-    count with seeds in a row pass all points. Variant `stream_before_log`: the daemon's setting."""
+    count with seeds in a row pass all points. `variant`: see `WEAKNESSES`; one point then shows it."""
     settings: dict[str, Any] = {
         "model": str(model_folder()), "listen": "127.0.0.1:0", "threads": 1, "settle_seconds": 0.02,
-        "detached_turn_seconds": 0.0, "sweep_seconds": 0.1, "stream_before_log": variant == "stream_before_log",
+        "detached_turn_seconds": 0.0, "sweep_seconds": 0.1,
     }  # fmt: skip
     (scratch / "alone").mkdir()
     expected, _ = asyncio.run(_held(scratch / "alone", settings, ""))
     details: list[str] = []
     lost, twice, slowest, orphans = 0, 0, 0.0, 0
     for trial in range(count):
-        point = POINTS_IN_TURN[(seed * count + trial) % len(POINTS)].name
+        point = SHOWN_AT[variant] if variant else POINTS_IN_TURN[(seed * count + trial) % len(POINTS)].name
         folder = scratch / f"{trial}-{point}"
         folder.mkdir()
         try:
-            client, left = asyncio.run(_held(folder, settings, point))
+            client, left = asyncio.run(_held(folder, settings, point, variant))
         except (DefectError, SessiondClientError, SessiondError, TimeoutError) as error:
             details.append(f"seed {seed} point {point}: {type(error).__name__}: {error}")
             continue
@@ -67,9 +69,9 @@ def _problem(client: Client, expected: Client) -> str:
     return ""
 
 
-async def _held(folder: Path, settings: dict[str, Any], point: str) -> tuple[Client, int]:
+async def _held(folder: Path, settings: dict[str, Any], point: str, weakness: str = "") -> tuple[Client, int]:
     """Hold the conversation in a daemon of its own; then end it and look at its store. Returns orphaned records."""
-    client = Client(folder, settings | {"data_dir": folder / "data"}, point)
+    client = Client(folder, settings | {"data_dir": folder / "data"}, point, weakness)
     try:
         async with client.connected():
             await hold(client)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import kill_points
+from weaknesses import WEAKNESSES
 
 from sessiond.config import Settings
 from sessiond.server import serve
@@ -17,25 +18,29 @@ from sessiond.server import serve
 PATIENCE = 30.0  # seconds after which a daemon that should start or die counts as hanging
 
 
-def run(settings: dict[str, Any], pipe: Connection, log: str, point: str) -> None:
-    """Serve, armed with a point; send the port through `pipe`. The output goes to the file `log`."""
+def run(settings: dict[str, Any], pipe: Connection, log: str, point: str, weakness: str) -> None:
+    """Serve, armed with a point, without the defence that `weakness` names; send the port through `pipe`.
+
+    The output goes to the file `log`.
+    """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if point:
-        kill_points.arm(kill_points.BY_NAME[point])
-    serve(Settings(**settings), lambda daemon: pipe.send(daemon.port))
+    with WEAKNESSES[weakness]():
+        if point:
+            kill_points.arm(kill_points.BY_NAME[point])
+        serve(Settings(**settings), lambda daemon: pipe.send(daemon.port))
 
 
 class Mortal:
     """A daemon in a process of its own; `port` is None if it died before it served."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], point: str = "") -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], point: str = "", weakness: str = "") -> None:
         context = multiprocessing.get_context("forkserver")  # forked from a process that has imported everything
         context.set_forkserver_preload(["sessiond.server", "kill_runner"])
         here, there = context.Pipe(duplex=False)
         self.log = folder / "daemon.log"
-        self.process = context.Process(target=run, args=(settings, there, str(self.log), point), daemon=True)
+        self.process = context.Process(target=run, args=(settings, there, str(self.log), point, weakness), daemon=True)
         self.process.start()
         there.close()
         self.port: int | None = None

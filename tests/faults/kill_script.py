@@ -34,9 +34,9 @@ class DefectError(AssertionError):
 class Client:
     """Holds the conversation; starts the daemon again when it has died."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any], point: str) -> None:
-        self.folder, self.settings = folder, settings
-        self.daemon = Mortal(folder, settings, point)
+    def __init__(self, folder: Path, settings: dict[str, Any], point: str, weakness: str = "") -> None:
+        self.folder, self.settings, self.weakness = folder, settings, weakness
+        self.daemon = Mortal(folder, settings, point, weakness)
         self.deaths = 0
         self.restart_seconds = 0.0
         self.lost_tokens = self.turns_twice = 0
@@ -72,7 +72,7 @@ class Client:
             raise DefectError(f"the daemon ended by itself: {self.daemon.process.exitcode} {self.daemon.report()}")
         self.deaths += 1
         began = time.monotonic()
-        self.daemon = await asyncio.to_thread(Mortal, self.folder, self.settings)
+        self.daemon = await asyncio.to_thread(Mortal, self.folder, self.settings, "", self.weakness)
         self.restart_seconds = max(self.restart_seconds, time.monotonic() - began)
         if self.daemon.port is None:
             raise DefectError(f"the daemon does not come back: {self.daemon.report()}")

@@ -33,6 +33,8 @@ class PlainSession:
     given_up: set[str] = field(default_factory=set)  # requests that ended without a revision
     open: Asked | None = None
     own: list[str] = field(default_factory=list)  # its revisions, oldest first
+    fork_point: str | None = None
+    rollbacks: int = 0
 
 
 @dataclass
@@ -62,6 +64,24 @@ class PlainStore:
         session.own.append(revision)
         self.parent[revision] = asked.base
         self.history[revision] = [*self.history[asked.base], *asked.new, *asked.answer]
+
+    def tree(self, session_id: str) -> list[str]:
+        """Every revision that the session can go back to, its own and those before it was forked."""
+        session, before = self.sessions[session_id], []
+        at = session.fork_point
+        while at is not None:
+            before.append(at)
+            at = self.parent[at]
+        return [*before[::-1], *session.own]
+
+    def forked(self, session_id: str, fork_id: str, revision: str) -> None:
+        root = self.sessions[session_id].root
+        self.sessions[fork_id] = PlainSession(revision, root, fork_point=revision)
+
+    def rolled_back(self, session_id: str, revision: str) -> None:
+        self.gave_up(session_id)
+        self.sessions[session_id].head = revision
+        self.sessions[session_id].rollbacks += 1
 
     def gave_up(self, session_id: str) -> None:
         session = self.sessions[session_id]

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import shutil
 import tempfile
+import traceback
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,13 +25,14 @@ from outcome import Outcome
 from plain_model import Asked, PlainSession, PlainStore
 from weaknesses import WEAKNESSES
 
+from sessiond import branching
 from sessiond.admission import APPEND_ONLY, NEW_INPUT, TurnRequest
 from sessiond.branch import read_branch
 from sessiond.errors import SessionDeleted, SessiondError, SessionNotFound, TurnSuspended
 from sessiond.sampling import SamplingParams
 from sessiond.storage import keys
 from sessiond.turnevents import Finished, Tokens
-from sessiond.views import NewSession
+from sessiond.views import Fork, NewSession, Rollback
 
 T = TypeVar("T")
 STEPS = 30
@@ -136,6 +138,33 @@ class Sequences(RuleBasedStateMachine):
         session_id, session = self.session(which, lambda s: s.deleted)
         self.run(self.daemon.sessions.undelete(TENANT, session_id, ""))
         session.deleted = False
+        self.compare(session_id)
+
+    @rule(which=SOME, revision=SOME)
+    @where_possible
+    def fork(self, which: int, revision: int) -> None:
+        """Copies nothing: the blocks on disk and their references stay as they are."""
+        session_id, _ = self.session(which, lambda s: not s.deleted)
+        tree = self.plain.tree(session_id)
+        at = tree[revision % len(tree)]
+        self.plain.n_requests += 1
+        asked = Fork(session_id, at, f"fork-{self.plain.n_requests}", at)
+        view = self.run(branching.fork(self.daemon.sessions, TENANT, asked))
+        again = self.run(branching.fork(self.daemon.sessions, TENANT, asked))
+        assert again.record.session_id == view.record.session_id
+        self.plain.forked(session_id, view.record.session_id, at)
+        self.compare(view.record.session_id)
+
+    @rule(which=SOME, revision=SOME)
+    @where_possible
+    def rollback(self, which: int, revision: int) -> None:
+        session_id, _ = self.session(which, lambda s: not s.deleted)
+        tree = self.plain.tree(session_id)
+        at = tree[revision % len(tree)]
+        self.plain.n_requests += 1
+        asked = Rollback(session_id, at, f"back-{self.plain.n_requests}", at)
+        self.run(branching.rollback(self.daemon.sessions, TENANT, asked))
+        self.plain.rolled_back(session_id, at)
         self.compare(session_id)
 
     # --- turns ---------------------------------------------------------------------------------------------------
@@ -331,9 +360,11 @@ class Sequences(RuleBasedStateMachine):
         assert record.extra.get("open_request") == (session.open.request_id if session.open else None)
         own = log.revisions_of_session(TENANT, session_id)
         assert {(r.revision_id, r.parent) for r in own} == {(name, self.plain.parent[name]) for name in session.own}
-        for name in session.own:
+        for name in self.plain.tree(session_id):
             assert read_branch(log, TENANT, name)[1].tolist() == self.plain.history[name]
-        states = {row.request_id: row.state for row in log.requests(TENANT, session_id)}
+        rows = [row for row in log.requests(TENANT, session_id) if row.params.get("mode") != "rollback"]
+        assert len(rows) + session.rollbacks == len(log.requests(TENANT, session_id))
+        states = {row.request_id: row.state for row in rows}
         expected = dict.fromkeys(session.done, "finished") | dict.fromkeys(session.given_up, "aborted")
         if session.open:
             states[session.open.request_id] = expected[session.open.request_id] = "open"
@@ -341,7 +372,7 @@ class Sequences(RuleBasedStateMachine):
 
     def nothing_dangles(self) -> None:
         """Every reference in the log finds its KV; no tokens lie under a revision that nothing knows."""
-        log, plain = self.daemon.store.log, self.plain
+        plain = self.plain
         self.run(self.daemon.stop())
         self.daemon = self.run(self.opened())
         log = self.daemon.store.log
@@ -359,7 +390,7 @@ class Sequences(RuleBasedStateMachine):
                 assert tail is None or ("tail", name.encode(), tail.generation) in owners
         with log._env.read() as txn:
             kinds = [keys.split(bytes(key)) for key, _ in txn.cursor()]
-        known = open_revisions | {name for session in plain.sessions.values() for name in session.own}
+        known = open_revisions.union(*(plain.tree(session_id) for session_id in plain.sessions))
         under = {keys.split_strings(rest[:-8])[0] for _, kind, rest in kinds if kind == keys.TOKENS}
         assert under <= known, "tokens of no turn"
 
@@ -368,10 +399,13 @@ async def _all(tasks: list[asyncio.Task[None]]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _quiet(_line: object) -> None:
+    """What hypothesis tells of a failure comes with the exception as well."""
+
+
 def run(count: int, first_seed: int, scratch: Path, variant: str = "") -> Outcome:
     """`count` sequences of 30 steps. `variant`: see `WEAKNESSES`."""
     Tally.runs = Tally.steps = 0
-    told: list[object] = []
     details: list[str] = []
     Sequences.scratch = scratch
     phases = (Phase.generate,) if variant else (Phase.generate, Phase.shrink)
@@ -379,10 +413,10 @@ def run(count: int, first_seed: int, scratch: Path, variant: str = "") -> Outcom
         max_examples=count, stateful_step_count=STEPS, deadline=None, database=None, print_blob=False,
         suppress_health_check=list(HealthCheck), phases=phases,
     )  # fmt: skip
-    with WEAKNESSES[variant](), with_reporter(told.append):
+    with WEAKNESSES[variant](), with_reporter(_quiet):
         try:
             run_state_machine_as_test(seed(first_seed)(Sequences), settings=options)
         except Exception as error:  # noqa: BLE001 - whatever a sequence of calls raised is what was looked for
-            why = f"{type(error).__name__}: {error}"
-            details = [f"seed {first_seed}: {why} after\n" + "\n".join(str(line) for line in told)[-3000:]]
+            shown = "".join(traceback.format_exception(error))[-6000:]
+            details = [f"seed {first_seed}: {shown}"]
     return Outcome("state_machine", run=Tally.runs, failed=len(details), details=details, counts={"steps": Tally.steps})

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 
 from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
+from sessiond.scheduler import TokenOut
 from sessiond.storage import envelope, kv
 from sessiond.storage.environment import Environment, Op
 from sessiond.storage.kv import KVRecord
 from sessiond.storage.log import LogStore
 from sessiond.tiers import Tiers
+from sessiond.turn import Turn
+from sessiond.turnevents import Tokens
 
 
 @contextlib.contextmanager
@@ -87,6 +90,16 @@ def _restore_over_live() -> Iterator[None]:
         yield
 
 
+def _log_late() -> AbstractContextManager[Any]:
+    """Tokens are streamed as they come, and logged with the revision."""
+
+    def publish(self: Turn, event: TokenOut) -> None:
+        self.generated.append(event.sampled.token_id)
+        self._publish(Tokens.of(event))
+
+    return mock.patch.object(Turn, "_log_token", publish)
+
+
 # Variant of a run -> the defence that is off in it.
 WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": contextlib.nullcontext,
@@ -96,5 +109,6 @@ WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_truncation": _no_truncation,
     "no_tail": _no_tail,
     "careless_restore": _careless_restore,
+    "log_late": _log_late,
     "restore_over_live": _restore_over_live,
 }
