@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-
 from fake_daemon import FakeDaemon
 from fake_model import answer_to
 from golden_content import TENANT, codecs, described, said
