@@ -311,6 +311,20 @@ def test_a_damaged_tail_leaves_the_cells(model, ids, midway, tmp_path, expected)
     assert restored.cell_digests() == expected
 
 
+def test_a_damaged_cell_over_a_long_tail_leaves_neither(model, ids, midway, tmp_path, expected):
+    """The tail reaches below the cell that fails: what a failing read has half written over is computed again."""
+    hashes = prefix_hashes(TENANT, IDENTITY, np.array(midway.log, np.uint32), CELL)
+    with open_tiers(tmp_path, model) as tiers:
+        tiers.persist_tail(TENANT, "rev", CELL, midway.cache.copies(CELL, midway.cache.length), [])
+    damage(tmp_path, midway, KVOwner(TENANT, "cell", hashes[2]), 2 * CELL, 3 * CELL)
+    restored, report = restore(tmp_path, model, midway.log)
+    assert "checksum" in report.corrupt
+    assert restored.cache.sealed == restored.cache.length == 2 * CELL
+    play(restored, ids, 7)
+    restored.seal()
+    assert restored.cell_digests() == expected
+
+
 def test_what_was_damaged_is_written_again(model, midway, tmp_path, expected):
     hashes = prefix_hashes(TENANT, IDENTITY, np.array(midway.log, np.uint32), CELL)
     damage(tmp_path, midway, KVOwner(TENANT, "cell", hashes[1]), CELL, 2 * CELL)

@@ -105,6 +105,17 @@ class TestASecondSession:
             _, again = await ask(peer, "What?")
             assert again.accepted.prompt_tokens_reused == 0
 
+    async def test_whose_sealing_is_off_takes_nothing_where_it_is_on(self, daemons: Daemons):
+        daemon = await daemons.start(seal=False)
+        async with peer_of(daemon.port) as peer:
+            unsealed = (await peer.create(system="Be brief.")).session_id
+        daemon = await daemons.restart(daemon, seal=True)
+        async with peer_of(daemon.port) as peer:
+            first, _ = await ask(peer, "Who?")
+            await peer.settled(first)
+            turn = await peer.turn(unsealed, f"{DOCUMENT}\nWhat?", max_tokens=N)
+            assert turn.accepted.prompt_tokens_reused == 0
+
     async def test_takes_nothing_from_memory_that_changes_while_it_is_copied(self, daemons: Daemons, monkeypatch):
         daemon = await daemons.start(settle_seconds=600)
         from sessiond.cache import SessionCache
@@ -159,19 +170,22 @@ class TestTenants:
     def settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {**settings, "trust_tenant_metadata": True}
 
-    async def test_never_share_neither_in_memory_nor_on_disk(self, daemon, daemons: Daemons):
-        for where in ("memory", "disk"):
-            async with peer_of(daemon.port, tenant="alice") as alice, peer_of(daemon.port, tenant="bob") as bob:
-                hers, _ = await ask(alice, "Who?")
-                if where == "disk":
-                    await alice.settled(hers)
-                    await alice.suspend(hers)
-                _, his = await ask(bob, "Who?", document=f"{where} {DOCUMENT}")
-                assert his.accepted.prompt_tokens_reused == 0
-            async with peer_of(daemon.port, tenant=f"bob {where}") as bob:
-                _, his = await ask(bob, "Who?")
-                assert his.accepted.prompt_tokens_reused == 0
-                assert "restored" not in his.kinds
+    async def test_never_share_neither_in_memory_nor_on_disk(self, daemon):
+        async with peer_of(daemon.port, tenant="alice") as alice:
+            hers, _ = await ask(alice, "Who?")
+            await self.shares_nothing(daemon, "bob")
+            await alice.settled(hers)
+            await alice.suspend(hers)
+            await self.shares_nothing(daemon, "carol")
+            _, again = await ask(alice, "What?")
+            assert again.accepted.prompt_tokens_reused > 0
+
+    async def shares_nothing(self, daemon, tenant: str) -> None:
+        async with peer_of(daemon.port, tenant=tenant) as peer:
+            session, turn = await ask(peer, "Who?")
+            assert turn.accepted.prompt_tokens_reused == 0
+            assert "restored" not in turn.kinds
+            await peer.delete(session, purge_now=True)
 
 
 class TestAForkOfAHotSession:
@@ -201,6 +215,19 @@ class TestAForkOfAHotSession:
         async with peer_of(daemon.port) as peer:
             turn = await peer.turn(branch, "So?", max_tokens=N)
             assert (turn.restored.tokens_recomputed, turn.accepted.prompt_tokens_reused) == (0, length - 1)
+
+    async def test_leaves_the_tails_of_its_past_to_whose_they_are(self, daemon, peer: Peer):
+        session, _ = await ask(peer, "Who?")
+        await say(peer, session, "And?")
+        first, second = [revision.revision_id for revision in await peer.revisions(session)][1:]
+        await rollback(peer, session, first)
+        log = daemon.desk.store.log
+        async with asyncio.timeout(PATIENCE):
+            while log.tail_ref("default", first) is None:  # noqa: ASYNC110 - written behind
+                await asyncio.sleep(0.02)
+        branch = (await fork(peer, session, second)).session_id
+        await say(peer, branch, "So?")
+        assert log.tail_ref("default", first)
 
 
 class TestErasing:
