@@ -26,7 +26,7 @@ class Kind:
 KINDS: tuple[Kind, ...] = (
     Kind("store_kill", "store_kill", slice=60, ci=2_000, release=20_000, chunk=250),
     # Of the whole daemon; a chunk pays some seconds for importing torch.
-    Kind("state_machine", "state_machine", slice=8, ci=500, release=5_000, chunk=250),
+    Kind("state_machine", "state_machine", slice=6, ci=500, release=5_000, chunk=250),
     # 61 points, in two chunks of equal size: see kill_daemon.run.
     Kind("kill_daemon", "kill_daemon", slice=2, ci=62, release=62 * 25, chunk=31),
     Kind("resume_exactness", "resume_exactness", slice=8, ci=200, release=5_000, chunk=100),

@@ -201,11 +201,12 @@ async def _run(conversations: list[Conversation], scratch: Path) -> list[str]:
     sessions: dict[int, str] = {}
     async with _subject(settings) as first:
         await _hold_those(first.peer, conversations, "restarted", sessions)
-    doomed = Mortal(scratch, settings)
-    assert doomed.port is not None, doomed.report()
-    async with peer_of(doomed.port) as peer:
-        await _hold_those(peer, conversations, "killed", sessions)
-        doomed.kill()
+    if any(one.way == "killed" for one in conversations):
+        doomed = Mortal(scratch, settings)
+        assert doomed.port is not None, doomed.report()
+        async with peer_of(doomed.port) as peer:
+            await _hold_those(peer, conversations, "killed", sessions)
+            doomed.kill()
     details = []
     async with _subject(settings) as subject:
         for at, one in enumerate(conversations):

@@ -14,10 +14,6 @@ def test_tokens_streamed_before_they_are_logged_are_lost_by_a_kill(run_control):
     assert run_control("kill_daemon", "log_late", 1).lost_tokens > 0
 
 
-def test_a_request_that_is_not_looked_up_is_run_twice_after_a_kill(run_control):
-    run_control("kill_daemon", "no_request_lookup", 1)
-
-
 @pytest.mark.parametrize("column", ["ci", "release"])
 def test_a_column_passes_every_point(column: str):
     from kill_points import POINTS

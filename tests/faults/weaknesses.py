@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from unittest import mock
@@ -15,29 +14,10 @@ from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
 from sessiond.scheduler import TokenOut
 from sessiond.storage import envelope, kv
-from sessiond.storage.environment import Environment, Op
 from sessiond.storage.kv import KVRecord
 from sessiond.storage.log import LogStore
-from sessiond.tiers import Tiers
 from sessiond.turn import Turn
 from sessiond.turnevents import Tokens
-
-
-@contextlib.contextmanager
-def _early_ack() -> Iterator[None]:
-    """A batch counts as durable when it is queued."""
-    submit = Environment.submit
-
-    def early(self: Environment, ops: Sequence[Op], n_bytes: int, *, frees: bool = False) -> Future[None]:
-        durable = submit(self, ops, n_bytes, frees=frees)
-        if self._path.endswith("blocks"):
-            return durable
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    with mock.patch.object(Environment, "submit", early):
-        yield
 
 
 def _no_request_lookup() -> AbstractContextManager[Any]:
@@ -57,11 +37,6 @@ def _no_checksum() -> Iterator[None]:
 def _no_truncation() -> AbstractContextManager[Any]:
     """KV of a turn that was given up stays where it is."""
     return mock.patch.object(SessionCache, "truncate")
-
-
-def _no_tail() -> AbstractContextManager[Any]:
-    """Provisional KV is not written."""
-    return mock.patch.object(Tiers, "persist_tail", return_value=0)
 
 
 @contextlib.contextmanager
@@ -103,11 +78,9 @@ def _log_late() -> AbstractContextManager[Any]:
 # Variant of a run -> the defence that is off in it.
 WEAKNESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "": contextlib.nullcontext,
-    "early_ack": _early_ack,
     "no_request_lookup": _no_request_lookup,
     "no_checksum": _no_checksum,
     "no_truncation": _no_truncation,
-    "no_tail": _no_tail,
     "careless_restore": _careless_restore,
     "log_late": _log_late,
     "restore_over_live": _restore_over_live,
