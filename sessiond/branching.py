@@ -9,7 +9,7 @@ from dataclasses import replace
 from sessiond.desk import Desk
 from sessiond.errors import BadRequest, RequestIdReused, SessionExists, SessionNotFound
 from sessiond.history import read_history
-from sessiond.live import Live, touched
+from sessiond.live import Live, computed_upto, touched
 from sessiond.newsession import session_id_of
 from sessiond.policies import registry
 from sessiond.retelling import retold_session
@@ -149,7 +149,11 @@ async def rollback(sessions: Sessions, tenant: str, asked: Rollback) -> SessionV
             before = live.ids
             live.load_history(log, record.head_revision)
             if live.cache:
-                live.cache.truncate(common_tokens(before, live.ids), desk.store.cell_tokens)
+                # An answer's last token was fed by the turn that is left behind, in a step of other shapes: of what is
+                # not sealed, only what the head's own turns computed is as if that turn had never been.
+                common, cell = common_tokens(before, live.ids), desk.store.cell_tokens
+                sealed = min(live.cache.sealed, common // cell * cell)
+                live.cache.truncate(min(common, max(sealed, computed_upto(live.chain))), cell)
                 live.persisted = min(live.persisted, live.cache.length)
         finally:
             if live.cache:

@@ -53,6 +53,9 @@ class Conversations:
                     request_id=request.request_id,
                 )
             if live.turn and live.turn.plan.request.request_id == request.request_id:
+                if live.turn.suspending:
+                    await live.turn.done()
+                    continue
                 turn, attachment = live.turn, "joined"
                 break
             if row and row.state in ("finished", "aborted", "failed"):

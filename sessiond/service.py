@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Any
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import grpc
 
 from sessiond import branching, portable, wirein, wireout
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
-from sessiond.errors import BadRequest, NotImplementedYet, SessiondError
+from sessiond.damage import described
+from sessiond.errors import BadRequest, NotImplementedYet, RecordCorrupt, SessiondError
 from sessiond.exporting import Exports
 from sessiond.importing import Imports
 from sessiond.sessions import Sessions
@@ -26,6 +29,26 @@ MOST_ARCHIVES = 4  # exports and imports at a time: each keeps a thread and a bl
 _UPDATABLE = ("labels", "policy", "ttl", "expire_time")
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def names_damage(method: Method) -> Method:
+    """RECORD_CORRUPT says of which session it is, and what of it can still be read."""
+
+    async def stream(self: SessionsService, request: Any, context: Context) -> AsyncIterator[Any]:
+        with self.naming_damage(request, context):
+            async with contextlib.aclosing(method(self, request, context)) as replies:
+                async for reply in replies:
+                    yield reply
+
+    async def unary(self: SessionsService, request: Any, context: Context) -> Any:
+        with self.naming_damage(request, context):
+            return await method(self, request, context)
+
+    wrapped: Any = stream if inspect.isasyncgenfunction(method) else unary
+    return cast(Method, functools.wraps(method)(wrapped))
+
+
 class SessionsService(SessionsServicer):
     """sessiond.v1.Sessions."""
 
@@ -37,9 +60,18 @@ class SessionsService(SessionsServicer):
         self.conversations = conversations
         self.tenant = principals.tenant
 
+    @contextlib.contextmanager
+    def naming_damage(self, request: Any, context: Context) -> Iterator[None]:
+        try:
+            yield
+        except RecordCorrupt as error:
+            session_id = request.session.session_id if hasattr(request, "session") else request.session_id
+            raise described(self.sessions.desk.store.log, self.tenant(context), session_id, error) from error
+
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> types.Session:
         return wireout.session(await self.sessions.create(self.tenant(context), wirein.new_session(request)))
 
+    @names_damage
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> types.Session:
         return wireout.session(await self.sessions.get(self.tenant(context), request.session_id))
 
@@ -57,6 +89,7 @@ class SessionsService(SessionsServicer):
         )
         return pb.ListSessionsResponse(sessions=[wireout.session(view) for view in views], next_page_token=token)
 
+    @names_damage
     async def UpdateSession(self, request: pb.UpdateSessionRequest, context: Context) -> types.Session:
         changes: dict[str, Any] = {}
         for path in request.update_mask.paths or _present(request.session):
@@ -80,26 +113,31 @@ class SessionsService(SessionsServicer):
         view = await self.sessions.update(self.tenant(context), session.session_id, session.etag, changes)
         return wireout.session(view)
 
+    @names_damage
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Context) -> pb.DeleteSessionResponse:
         view, freed = await self.sessions.delete(
             self.tenant(context), request.session_id, request.etag, purge_now=request.purge_now
         )
         return pb.DeleteSessionResponse(session=wireout.session(view) if view else None, freed_bytes=freed)
 
+    @names_damage
     async def UndeleteSession(self, request: pb.UndeleteSessionRequest, context: Context) -> types.Session:
         view = await self.sessions.undelete(self.tenant(context), request.session_id, request.etag)
         return wireout.session(view)
 
+    @names_damage
     async def ListRevisions(self, request: pb.ListRevisionsRequest, context: Context) -> pb.ListRevisionsResponse:
         views, token = await self.sessions.revisions(
             self.tenant(context), request.session_id, request.page_size, request.page_token
         )
         return pb.ListRevisionsResponse(revisions=[wireout.revision(view) for view in views], next_page_token=token)
 
+    @names_damage
     async def GetRevision(self, request: pb.GetRevisionRequest, context: Context) -> types.Revision:
         view = await self.sessions.revision(self.tenant(context), request.session_id, request.revision_id)
         return wireout.revision(view)
 
+    @names_damage
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.TurnEvent]:
         events = self.conversations.generate(self.tenant(context), wirein.turn_request(request))
         sequence = 0
@@ -114,22 +152,26 @@ class SessionsService(SessionsServicer):
         finally:
             await events.aclose()  # type: ignore[attr-defined]
 
+    @names_damage
     async def AbortTurn(self, request: pb.AbortTurnRequest, context: Context) -> pb.AbortTurnResponse:
         stopped, revision, count = await self.conversations.abort(
             self.tenant(context), request.session_id, request.request_id, commit=request.commit
         )
         return pb.AbortTurnResponse(stopped=stopped, revision_id=revision, generated_tokens=count)
 
+    @names_damage
     async def WarmSession(self, request: pb.WarmSessionRequest, context: Context) -> pb.WarmSessionResponse:
         view, report = await self.sessions.warm(self.tenant(context), request.session_id)
         return pb.WarmSessionResponse(
             session=wireout.session(view), restored=wireout.restored(report) if report else None
         )
 
+    @names_damage
     async def SuspendSession(self, request: pb.SuspendSessionRequest, context: Context) -> pb.SuspendSessionResponse:
         view, written, freed = await self.sessions.suspend(self.tenant(context), request.session_id)
         return pb.SuspendSessionResponse(session=wireout.session(view), bytes_written=written, bytes_freed=freed)
 
+    @names_damage
     async def CountTokens(self, request: pb.CountTokensRequest, context: Context) -> pb.CountTokensResponse:
         tokens, held = await self.sessions.count_tokens(
             self.tenant(context),
@@ -140,9 +182,11 @@ class SessionsService(SessionsServicer):
         limit = self.sessions.desk.max_context
         return pb.CountTokensResponse(tokens=tokens, session_tokens=held, max_context_tokens=limit)
 
+    @names_damage
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> types.Session:
         return wireout.session(await branching.fork(self.sessions, self.tenant(context), wirein.fork(request)))
 
+    @names_damage
     async def RollbackSession(self, request: pb.RollbackSessionRequest, context: Context) -> types.Session:
         view = await branching.rollback(self.sessions, self.tenant(context), wirein.rollback(request))
         return wireout.session(view)
@@ -150,6 +194,7 @@ class SessionsService(SessionsServicer):
     async def ExplainTurn(self, request: pb.ExplainTurnRequest, context: Context) -> pb.ExplainTurnResponse:
         raise NotImplementedYet("ExplainTurn is not served by this version")
 
+    @names_damage
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Context
     ) -> AsyncIterator[pb.ExportSessionResponse]:

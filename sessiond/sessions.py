@@ -359,9 +359,13 @@ class Sessions:
     def record(self, tenant: str, session_id: str, *, deleted_too: bool = False) -> SessionRecord:
         if not session_id:
             raise BadRequest("session_id is required", field="session_id")
-        if (tenant, session_id) in {(k.tenant, k.session_id) for k in self.desk.store.lost}:
-            raise DataLoss(f"session {session_id} is in the catalog but not in the log", session_id=session_id)
-        record = self.desk.store.log.session(tenant, session_id)
+        try:
+            record = self.desk.store.log.session(tenant, session_id)
+        except SessionNotFound:
+            if (tenant, session_id) in {(k.tenant, k.session_id) for k in self.desk.store.lost}:
+                told = f"session {session_id} is in the catalog but not in the log"
+                raise DataLoss(told, session_id=session_id) from None
+            raise
         if record.deleted_us is not None and not deleted_too:
             raise SessionDeleted(f"session {session_id} is deleted; UndeleteSession brings it back")
         return record

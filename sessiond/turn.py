@@ -63,6 +63,11 @@ class Turn:
     def over(self) -> bool:
         return self.stream.over or self._ended.done()
 
+    @property
+    def suspending(self) -> bool:
+        """Told to suspend, and not yet suspended: who comes for it now takes it up when it is."""
+        return self._stopping and self._outcome == "suspend"
+
     def stop(self, outcome: str, told: SessiondError | None = None) -> None:
         """End the turn at the next step. `outcome`: commit (as aborted), discard, or suspend (listeners are `told`)."""
         if not self.over:

@@ -64,7 +64,7 @@ LAYERS: list[list[str]] = [
     ["verify", "pacing"],
     ["collector"],
     ["secondlook", "mending"],
-    ["diskuse", "erasure", "reachability"],
+    ["diskuse", "erasure", "reachability", "damage"],
     ["references"],
     ["branch", "tree", "foreignsessions"],
     ["storage.*"],

@@ -140,3 +140,23 @@ class TestADamagedSession:
             with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
                 await peer.get(bad)
             assert (await peer.turn(good, "And?", max_tokens=2)).restored.tokens_recomputed == 0
+
+
+@pytest.mark.parametrize("kind", ["session", "revision", "tokens"])
+class TestALossThatNothingRepairs:
+    async def test_names_session_and_key_and_what_is_still_readable(self, daemons: Daemons, kind: str):
+        daemon = await daemons.start()
+        async with peer_of(daemon.port) as peer:
+            session = await peer.create(system=TEXT)
+            await peer.turn(session.session_id, "And?", max_tokens=4)
+            now = await peer.get(session.session_id)
+        damage(daemon, record(daemon, kind, now))
+        daemon = await daemons.restart(daemon)
+        async with peer_of(daemon.port) as peer:
+            with refused("RECORD_CORRUPT", StatusCode.DATA_LOSS) as caught:
+                await peer.turn(session.session_id, "Then?", max_tokens=2)
+        told = caught.value.metadata
+        assert told["session"] == session.session_id
+        assert f"/{kind}/" in told["key"]
+        assert told["repairable"] == "false"
+        assert told["readable"] == f"0-{now.token_count if kind == 'session' else session.token_count}"

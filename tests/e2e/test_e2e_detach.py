@@ -46,6 +46,26 @@ async def suspend_one(
     return turn
 
 
+async def test_who_comes_back_while_the_turn_is_being_suspended_takes_it_up(daemons):
+    daemon = await daemons.start(detached_turn_seconds=0.0)
+    async with peer_of(daemon.port) as peer:
+        whole, _ = await uninterrupted(peer)
+        session = (await peer.create(system="Be brief.")).session_id
+        gate = Gate(daemon)
+        stream = peer.open(session, "Tell me", max_tokens=LONG, request_id="turn-1")
+        gate.let(4)
+        seen = await stream.read_tokens(4)
+        stream.cancel()
+        await gate.cancelled()  # it will be suspended when the step that waits is over
+        back = peer.open(session, "Tell me", max_tokens=LONG, request_id="turn-1", resume_after_tokens=4)
+        await asyncio.sleep(0.05)
+        gate.open()
+        turn = await back.read()
+        assert turn.error is None
+        assert turn.accepted.attachment == pb.ATTACHMENT_RESUMED
+        assert seen.ids + turn.ids == whole.ids
+
+
 class TestALostStream:
     async def test_leaves_the_turn_running_to_its_end(self, peer: Peer, daemon):
         whole, after = await uninterrupted(peer)

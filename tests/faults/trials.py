@@ -47,7 +47,8 @@ def run_chunk(name: str, count: int, seed: int, scratch: Path | None = None, var
 def _environment() -> dict[str, str]:
     # One thread a library: a process that forks must have no others. The trials stay out of PATHs of the user.
     quiet = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    paths = [str(HERE), str(HERE.parent / "storage"), *filter(None, sys.path)]
+    helpers = (HERE, HERE.parent / "storage", HERE.parent / "e2e", HERE.parent)
+    paths = [*map(str, helpers), *filter(None, sys.path)]
     return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(paths), **faultinject.preload()}
 
 

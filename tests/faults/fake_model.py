@@ -1,0 +1,152 @@
+"""A model without arithmetic: the next token is a pure hash of all tokens before it, read out of the KV it wrote.
+
+So what any run must say is known without a second run (`Pure`), and one wrong bit of KV, wherever it lies, changes it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from e2e_model import CONTEXT, LETTERS, STOP
+from torch import Tensor
+
+from sessiond.cache import SessionCache
+from sessiond.model import Feed
+from sessiond.types import KVShape, Span
+
+SHAPE = KVShape(n_layers=2, n_kv_heads=1, head_dim=4, dtype="float32")
+VOCAB = 261  # as the tiny chat model's tokenizer has
+_FIRST_BYTE = 3  # its ids stand for bytes, from this one on
+SPOKEN = [ord(letter) + _FIRST_BYTE for letter in LETTERS]
+_MASK = (1 << 64) - 1
+
+
+def _mixed(value: int) -> int:
+    """splitmix64 (Steele, Lea and Flood 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _row(state: int) -> list[int]:
+    """The KV of a position: two layers of K and V, four 32-bit words each. The first two words are the state."""
+    words, more = [state & 0xFFFFFFFF, state >> 32], state
+    while len(words) < 16:
+        more = _mixed(more)
+        words += [more & 0xFFFFFFFF, more >> 32]
+    return words
+
+
+def _token(total: int) -> int:
+    """Mostly a letter, now and then the end of the answer."""
+    drawn = _mixed(total)
+    return STOP if drawn % 48 == 0 else SPOKEN[(drawn >> 8) % len(SPOKEN)]
+
+
+class Pure:
+    """What the model says, from tokens alone."""
+
+    def __init__(self, ids: Sequence[int] = ()) -> None:
+        self._state = 0
+        self.total = 0
+        for token in ids:
+            self.feed(token)
+
+    def feed(self, token: int) -> None:
+        self._state = _mixed(self._state ^ (token + 1))
+        self.total = (self.total + sum(_row(self._state))) & _MASK
+
+    def answer(self, max_tokens: int) -> list[int]:
+        """The tokens of an answer, its end token included."""
+        out: list[int] = []
+        while len(out) < max_tokens and STOP not in out:
+            out.append(_token(self.total))
+            self.feed(out[-1])
+        return out
+
+
+def text_of(ids: Sequence[int]) -> str:
+    """What an answer reads as; its end token shows nothing."""
+    return "".join(chr(token - _FIRST_BYTE) for token in ids if token != STOP)
+
+
+def answer_to(ids: Sequence[int], max_tokens: int) -> list[int]:
+    return Pure(ids).answer(max_tokens)
+
+
+class FakeModel:
+    """In the place of sessiond.model.Model."""
+
+    def __init__(self, step_seconds: float = 0.0) -> None:
+        self.step_seconds = step_seconds
+        self.vocab_size = VOCAB
+        self.max_context = CONTEXT
+        self.shape = SHAPE
+        self.eos_ids = (STOP,)
+        self._left: int | None = None  # tokens that may still be sampled; None: any number
+        self._let = threading.Condition()
+
+    def hold(self, n_tokens: int) -> None:
+        """Let the model say so many tokens; its next step then waits for `release`."""
+        self._left = n_tokens
+
+    def release(self) -> None:
+        with self._let:
+            self._left = None
+            self._let.notify_all()
+
+    def new_cache(self) -> SessionCache:
+        return SessionCache(self.shape, self.max_context)
+
+    def warm_up(self, cell_tokens: int) -> None:
+        """Nothing is cold."""
+
+    def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
+        """As Model.step: KV of all feeds into their caches, logits [len(logit_rows), V]."""
+        with self._let:
+            self._let.wait_for(lambda: self._left is None or self._left > 0)
+            if self._left is not None:
+                self._left -= len(logit_rows)
+        time.sleep(self.step_seconds)
+        said: list[int] = []
+        for feed in feeds:
+            said += self._feed(feed, {row - len(said) for row in logit_rows})
+        logits = torch.zeros(len(logit_rows), VOCAB)
+        for at, row in enumerate(logit_rows):
+            logits[at, said[row]] = 1.0
+        return logits
+
+    def _feed(self, feed: Feed, wanted: set[int]) -> list[int]:
+        """Compute the feed's positions; for each the token that follows, where it is wanted."""
+        state, said = _state_before(feed.cache, feed.position), []
+        for at, token in enumerate(feed.ids):
+            state = _mixed(state ^ (token + 1))
+            position = feed.position + at
+            row = torch.from_numpy(np.array(_row(state), np.uint32).view(np.float32).reshape(2, 2, 1, 1, 4))
+            for layer in range(2):
+                feed.cache.write(layer, position, row[layer, 0], row[layer, 1])
+            said.append(_token(total_of(feed.cache, position + 1)) if at in wanted else -1)
+        return said
+
+
+def _state_before(cache: SessionCache, position: int) -> int:
+    if position == 0:
+        return 0
+    low, high = _words(cache, 0, 0, position - 1, position)[:2].tolist()
+    return int(low | high << 32)
+
+
+def total_of(cache: SessionCache, length: int) -> int:
+    """Sum of every word of KV below `length`: what the next token is a hash of."""
+    parts = [_words(cache, layer, part, 0, length).sum(dtype=np.uint64) for layer in range(2) for part in range(2)]
+    return int(sum(int(part) for part in parts)) & _MASK
+
+
+def _words(cache: SessionCache, layer: int, part: int, start: int, end: int) -> Any:
+    return cache.array(layer, part, Span(start, end)).reshape(-1)
