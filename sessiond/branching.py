@@ -6,10 +6,11 @@ import asyncio
 import time
 from dataclasses import replace
 
+from sessiond.branch import computed_upto
 from sessiond.desk import Desk
 from sessiond.errors import BadRequest, RequestIdReused, SessionExists, SessionNotFound
 from sessiond.history import read_history
-from sessiond.live import Live, computed_upto, touched
+from sessiond.live import Live, touched
 from sessiond.newsession import session_id_of
 from sessiond.policies import registry
 from sessiond.retelling import retold_session

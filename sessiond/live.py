@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -74,8 +73,3 @@ def touched(record: SessionRecord, now_us: int) -> SessionRecord:
     """The record after use: `last_used` moves, and with a ttl the expiry too. The etag stays."""
     expire = now_us + record.ttl_us if record.ttl_us is not None else record.expire_us
     return replace(record, last_used_us=now_us, expire_us=expire)
-
-
-def computed_upto(chain: Sequence[RevisionRecord]) -> int:
-    """Positions of this branch whose KV has been computed at some time: less than the log by what was never fed."""
-    return max((int(r.extra.get("computed", 0)) for r in chain), default=0)

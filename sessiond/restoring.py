@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sessiond.branch import Ids, read_branch
+from sessiond.branch import Ids, computed_upto, read_branch
 from sessiond.cache import SessionCache
 from sessiond.errors import RecordCorrupt, RevisionNotFound
 from sessiond.references import cell_refs, joined_tails, tail_ref
@@ -119,8 +119,10 @@ class Restorer:
             cache.length, tail_end = min(cache.length, cache.sealed), 0
         cache.length = max(cache.length, cache.sealed, tail_end)
         cache.borrowed = min(max(borrowed, cache.borrowed), cache.length // self.cell_tokens * self.cell_tokens)
-        if cache.length < n_history:
-            self._read_relatives(tenant, chain, ids[:n_history], cache, report, share=share)
+        # Beyond what the branch's own turns computed, others fed its last token in a step of other shapes.
+        own = ids[: min(n_history, computed_upto(chain))]
+        if cache.length < len(own):
+            self._read_relatives(tenant, chain, own, cache, report, share=share)
         report.tokens_restored = cache.length - before
         report.milliseconds = (time.perf_counter() - began) * 1e3
         return report

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from sessiond.branch import Ids
+from sessiond.branch import Ids, computed_upto
 from sessiond.live import Live
 from sessiond.restoring import Donor
 from sessiond.types import Span
@@ -51,12 +51,12 @@ def sealed_donor(lives: Iterable[Live], live: Live, tokens: Ids, cell_tokens: in
 
 def relative(lives: Iterable[Live], live: Live) -> tuple[Donor, int] | None:
     """The hot session that shares most revisions with this one, and how many positions these have."""
-    own = {revision.revision_id for revision in live.chain}
+    own, computed = {revision.revision_id for revision in live.chain}, computed_upto(live.chain)
     best = None
     for other in lives:
         if other is live or other.tenant != live.tenant or other.cache is None or other.turn is not None:
             continue
-        shared = max((r.position_end for r in other.chain if r.revision_id in own), default=0)
+        shared = min(max((r.position_end for r in other.chain if r.revision_id in own), default=0), computed)
         if shared and (best is None or shared > best[1]):
             best = Donor(other.cache, other.cache.epoch, other.cache.sealed), shared
     return best

@@ -14,9 +14,10 @@ from concurrent.futures import Future
 import numpy as np
 import structlog
 
+from sessiond.branch import computed_upto
 from sessiond.desk import Desk
 from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Unavailable
-from sessiond.live import Live, computed_upto
+from sessiond.live import Live
 from sessiond.restoring import Recompute, Restoration
 from sessiond.sampling import Sampler
 from sessiond.scheduler import Ended, Event, TokenOut, TurnWork

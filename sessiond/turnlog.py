@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from sessiond.branch import computed_upto
 from sessiond.desk import Desk
-from sessiond.live import Live, computed_upto, touched
+from sessiond.live import Live, touched
 from sessiond.messages import encode_messages
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.records import RequestRecord, RequestState, RevisionRecord, SessionRecord
