@@ -48,10 +48,13 @@ def collect(store: Store, pause: Pause) -> int:
 
 def garbage(store: Store, pause: Pause, *, erase: bool) -> Iterator[Finding]:
     """Every thing that nobody leads to; with `erase`, told when it is gone."""
+    indexed: dict[str, list[str]] = {}
+    for key in store.catalog.session_keys():
+        indexed.setdefault(key.tenant, []).append(key.session_id)
     for tenant in store.log.tenants():
         with store.inflight.watch() as seen:
             listed = _candidates(store.log, tenant, pause)
-            needed = reachable(store, tenant, pause)
+            needed = reachable(store, tenant, indexed.get(tenant, ()), pause)
             yield from _cells(store, tenant, listed, needed, seen, pause, erase=erase)
             yield from _revisions(store, tenant, listed, needed, seen, pause, erase=erase)
     yield from _kv(store, pause, erase=erase)

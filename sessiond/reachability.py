@@ -7,7 +7,7 @@ its own identity. Deleted sessions count until they are purged. What cannot be r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,18 +43,19 @@ class Reachable:
         self.all_cells |= other.all_cells
 
 
-def reachable(store: Store, tenant: str, pause: Callable[[], None]) -> Reachable:
-    """What all sessions of a tenant lead to. One that the index knows and the log has lost may lead to anything.
+def reachable(store: Store, tenant: str, listed: Collection[str], pause: Callable[[], None]) -> Reachable:
+    """What all sessions of a tenant lead to.
 
-    `pause` is called between sessions.
+    One that the SQL index lists (`listed`: ids) and the log has lost may lead to anything. `pause` is called between
+    sessions.
     """
     found = Reachable()
     for session_id in store.log.ids(tenant, keys.SESSION):
         found.add(reachable_from(store, tenant, session_id))
         pause()
-    for key in store.catalog.session_keys():
-        if key.tenant == tenant and not store.log.has_session(tenant, key.session_id):
-            found.sessions.add(key.session_id)
+    for session_id in listed:
+        if not store.log.has_session(tenant, session_id):
+            found.sessions.add(session_id)
             found.all_revisions = found.all_cells = True
     return found
 

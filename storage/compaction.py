@@ -33,9 +33,7 @@ def compact_file(file: MapFile, reserve_bytes: int) -> None:
     raised leaves the old file in use; FolderNotSyncedError the new one.
     """
     copy = os.path.join(file.path, COMPACT_NAME)
-    tree = file.env.stat()
-    pages = tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] + 2
-    wanted = pages * tree["psize"]
+    wanted = _copy_bytes(file)
     if (free := space.free_bytes(file.path)) < wanted + reserve_bytes:
         why = f"the compact copy takes {wanted} bytes, and {reserve_bytes} are kept in reserve, but {free} are free"
         raise errors.DiskFull(why, retry_after=_RETRY_SECONDS, wanted_bytes=wanted, free_bytes=free)
@@ -46,6 +44,15 @@ def compact_file(file: MapFile, reserve_bytes: int) -> None:
         with contextlib.suppress(OSError):
             os.unlink(copy)
         raise
+
+
+def _copy_bytes(file: MapFile) -> int:
+    """What the copy takes: all pages of the tree, and the two meta pages."""
+    try:
+        tree = file.env.stat()
+    except lmdb.Error as exc:
+        raise from_lmdb(exc, "cannot look at the file") from exc
+    return int((tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] + 2) * tree["psize"])
 
 
 def _write_copy(file: MapFile, copy: str) -> None:

@@ -77,7 +77,7 @@ def test_garbage_of_every_kind_is_found_and_erased_and_nothing_else(store):
 
 
 def test_what_sessions_lead_to_is_theirs(store):
-    found = reachable(store, TENANT, no_pause)
+    found = reachable(store, TENANT, ["s1"], no_pause)
     assert found.revisions == {"s1-root", "s1-head", "s1-unborn"}
     assert found.cells == set(cells())
     assert (found.all_revisions, found.all_cells) == (False, False)
