@@ -70,7 +70,7 @@ class Environment:
 
     Thread-safe. Must not be used across fork(). A commit that failed for want of space is refused (DiskFull) and so is
     what follows, until there is space again. After any other failed commit or fsync no more writes are taken
-    (StoreReadOnly) until reopened. Reads go on in both cases. docs/decisions/0009-full-or-read-only.md.
+    (StoreReadOnly) until reopened. Reads go on in both cases. docs/decisions/0011-full-or-read-only.md.
     """
 
     def __init__(
