@@ -1,7 +1,7 @@
 """The tree pages of an LMDB 0.9 file, checked without LMDB before it is opened.
 
 LMDB trusts them: a damaged one fails an assertion or is followed out of the file, and ends the process. So every branch
-and leaf page is walked once, some microseconds each plus one for each record; pages of large values are not read.
+and leaf page is walked once, some microseconds each plus one for each record; of large values the log's first page.
 The list of free pages is read too: a page in use that it names would be written over by the next transaction.
 """
 
@@ -19,14 +19,18 @@ from sessiond.storage.metapages import META, META_AT, Meta, newest_meta
 
 _PAGE = struct.Struct("<QHHHH")  # number, unused, flags, end of the node table, start of the nodes
 _NODE = struct.Struct("<HHHH")  # data size, or the child's page number with `flags` as its top; flags; key size
+_LARGE = struct.Struct("<Q2xHI")  # of a large value: number, flags, pages
 _NUMBER = struct.Struct("<Q")
-_BRANCH, _LEAF = 1, 2
+_BRANCH, _LEAF, _OVERFLOW = 1, 2, 4
 _BIG_DATA = 1
 _NO_PAGE = (1 << 64) - 1
 
 
-def check_structure(folder: str, hint: str = "") -> None:
-    """Raises RecordCorrupt naming the first page that is no part of a sound tree, with `hint`; and OSError."""
+def check_structure(folder: str, hint: str = "", *, large: bool = True) -> None:
+    """Raises RecordCorrupt naming the first page that is no part of a sound tree, with `hint`; and OSError.
+
+    `large`: look at the first page of every large value too, which is a page read for each from a cold disk.
+    """
     name = os.path.basename(folder)
     with open(os.path.join(folder, "data.mdb"), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -35,7 +39,7 @@ def check_structure(folder: str, hint: str = "") -> None:
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
             try:
                 meta = newest_meta(data)
-                walk = _Walk(data, meta, bytearray(size // meta.page_bytes))
+                walk = _Walk(data, meta, bytearray(size // meta.page_bytes), large)
                 for tree, (root, depth) in enumerate(meta.trees):
                     if root != _NO_PAGE:
                         walk.page(root, depth, lists_free=tree == 0)
@@ -53,6 +57,7 @@ class _Walk:
     data: mmap.mmap
     meta: Meta
     taken: bytearray  # for each page of the file, whether it has its place
+    large: bool
     free: list[tuple[int, int]] = field(default_factory=list)  # where lists of free pages stand, and their bytes
 
     def page(self, number: int, depth: int, *, lists_free: bool = False) -> None:
@@ -86,7 +91,11 @@ class _Walk:
         begin = at + end
         if flags & _BIG_DATA:
             first = _NUMBER.unpack_from(self.data, begin)[0]
-            self._claim(first, -(-(n_data + _PAGE.size) // self.meta.page_bytes))
+            count = -(-(n_data + _PAGE.size) // self.meta.page_bytes)
+            self._claim(first, count)
+            said = _LARGE.unpack_from(self.data, first * self.meta.page_bytes) if self.large else ()
+            if said and said != (first, _OVERFLOW, count):  # LMDB frees as many pages as it says
+                raise _UnsoundError(f"page {first} is not the large value that belongs there")
             begin = first * self.meta.page_bytes + _PAGE.size
         if lists_free:
             self.free.append((begin, n_data))

@@ -130,3 +130,16 @@ def test_one_flipped_bit_in_the_free_list_loses_no_record_of_a_store_that_goes_o
     change(folder, at + 8 + 8 * place, struct.pack("<Q", page))
     with pytest.raises(errors.RecordCorrupt, match="in use is listed as free"):
         Environment(str(folder), map_bytes=LOG_MAP)
+
+
+def test_a_large_value_that_says_it_has_more_pages_is_refused_before_it_is_deleted(folder):
+    """LMDB would free them all, and the next transactions write over those that are another record's."""
+    data = (folder / "data.mdb").read_bytes()
+    large = [n for n in range(2, len(data) // PAGE) if struct.unpack_from("<Q2xHI", data, n * PAGE) == (n, 4, 3)]
+    found = 0
+    for page in large:
+        change(folder, page * PAGE + 12, struct.pack("<I", 3 | 16))
+        found += refused(folder)
+        change(folder, page * PAGE + 12, struct.pack("<I", 3))
+    assert found > 0  # those in use
+    assert not refused(folder)
