@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import structlog
 
-from sessiond.errors import RecordCorrupt
+from sessiond.errors import DiskFull, RecordCorrupt, StoreReadOnly
 from sessiond.mending import mend
 from sessiond.secondlook import log_findings, owner_findings, stray_findings
 from sessiond.storage import keys
@@ -74,9 +74,11 @@ class Scrub:
         if finding.severity is Severity.LOSS:
             self._lost(finding.key, finding.message, finding.session_id)
             return
-        mended = mend(self.store, finding)
-        self.repaired += mended.repaired
         logger.error("damage found by the scrub", record=keys.readable(finding.key), error=finding.message)
+        try:
+            self.repaired += mend(self.store, finding).repaired
+        except (DiskFull, StoreReadOnly) as error:  # what comes after it is looked at all the same
+            logger.error("not mended", record=keys.readable(finding.key), error=error.message)
 
     def _lost(self, key: bytes, message: str, session_id: str = "") -> None:
         if key not in self._known:

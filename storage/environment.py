@@ -91,7 +91,7 @@ class Environment:
         self._path = path
         self._reserve_bytes = reserve_bytes
         self.damage: errors.RecordCorrupt | None = None
-        self._map = MapFile(path, map_bytes, hint)
+        self._map = MapFile(path, map_bytes, hint, large=tallied != "no")  # the tally reads them anyway
         try:
             self._tally = self._open_tally(tallied)
         except BaseException:
@@ -231,11 +231,16 @@ class Environment:
             self._fail(group, exc)
             return
         total = self._tally.total if self._tally else 0
-        outcomes = []
-        for batch in group:
-            error, change = self._apply(txn, batch)
-            outcomes.append((batch, error))
-            total += change
+        outcomes: list[tuple[_Batch, Exception | None]] = []
+        try:
+            for batch in group:
+                error, change = self._apply(txn, batch)
+                outcomes.append((batch, error))
+                total += change
+        except lmdb.Error as exc:
+            txn.abort()  # see _commit_applied
+            self._fail(group, exc)
+            return
         try:
             self._commit_applied(txn, [batch for batch, error in outcomes if error is None], total % (1 << 128))
         finally:
@@ -253,11 +258,13 @@ class Environment:
             else:
                 txn.abort()
         except lmdb.MapFullError as exc:
+            txn.abort()  # a traceback may keep it, and then no other can begin
             # Raised while pages are allocated, before any is written: nothing happened, and space may return.
             for batch in applied:
                 batch.done.set_exception(from_lmdb(exc, "commit failed"))
             return
         except lmdb.Error as exc:
+            txn.abort()  # it may stand open still, and then no other can begin
             self._fail(applied, exc)
             return
         if self._tally:

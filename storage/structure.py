@@ -1,7 +1,8 @@
 """The tree pages of an LMDB 0.9 file, checked without LMDB before it is opened.
 
 LMDB trusts them: a damaged one fails an assertion or is followed out of the file, and ends the process. So every branch
-and leaf page is walked once, some microseconds each plus one for each record; pages of large values are not read.
+and leaf page is walked once, some microseconds each plus one for each record; of large values the log's first page.
+The list of free pages is read too: a page in use that it names would be written over by the next transaction.
 """
 
 from __future__ import annotations
@@ -9,21 +10,27 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from sessiond import errors
 from sessiond.storage.metapages import META, META_AT, Meta, newest_meta
 
 _PAGE = struct.Struct("<QHHHH")  # number, unused, flags, end of the node table, start of the nodes
 _NODE = struct.Struct("<HHHH")  # data size, or the child's page number with `flags` as its top; flags; key size
+_LARGE = struct.Struct("<Q2xHI")  # of a large value: number, flags, pages
 _NUMBER = struct.Struct("<Q")
-_BRANCH, _LEAF = 1, 2
+_BRANCH, _LEAF, _OVERFLOW = 1, 2, 4
 _BIG_DATA = 1
 _NO_PAGE = (1 << 64) - 1
 
 
-def check_structure(folder: str, hint: str = "") -> None:
-    """Raises RecordCorrupt naming the first page that is no part of a sound tree, with `hint`; and OSError."""
+def check_structure(folder: str, hint: str = "", *, large: bool = True) -> None:
+    """Raises RecordCorrupt naming the first page that is no part of a sound tree, with `hint`; and OSError.
+
+    `large`: look at the first page of every large value too, which is a page read for each from a cold disk.
+    """
     name = os.path.basename(folder)
     with open(os.path.join(folder, "data.mdb"), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -32,10 +39,11 @@ def check_structure(folder: str, hint: str = "") -> None:
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
             try:
                 meta = newest_meta(data)
-                walk = _Walk(data, meta, set())
-                for root, depth in meta.trees:
+                walk = _Walk(data, meta, bytearray(size // meta.page_bytes), large)
+                for tree, (root, depth) in enumerate(meta.trees):
                     if root != _NO_PAGE:
-                        walk.page(root, depth)
+                        walk.page(root, depth, lists_free=tree == 0)
+                walk.claim_free()
             except _UnsoundError as exc:
                 raise errors.RecordCorrupt(f"{name}: {exc}{hint}", key=name) from exc
 
@@ -48,9 +56,11 @@ class _UnsoundError(Exception):
 class _Walk:
     data: mmap.mmap
     meta: Meta
-    seen: set[int]
+    taken: bytearray  # for each page of the file, whether it has its place
+    large: bool
+    free: list[tuple[int, int]] = field(default_factory=list)  # where lists of free pages stand, and their bytes
 
-    def page(self, number: int, depth: int) -> None:
+    def page(self, number: int, depth: int, *, lists_free: bool = False) -> None:
         """Check a page that stands `depth` levels above nothing, and what is below it."""
         size = self.meta.page_bytes
         self._claim(number, 1)
@@ -64,30 +74,54 @@ class _Walk:
         for node in struct.unpack_from(f"<{n}H", self.data, at + _PAGE.size):
             if not upper <= node <= size - _NODE.size:
                 raise _UnsoundError(f"page {number} has a node outside of it")
-            self._node(number, at, node, depth)
+            self._node(number, at, node, depth, lists_free=lists_free)
 
-    def _node(self, number: int, at: int, node: int, depth: int) -> None:
+    def _node(self, number: int, at: int, node: int, depth: int, *, lists_free: bool) -> None:
         low, high, flags, n_key = _NODE.unpack_from(self.data, at + node)
         end = node + _NODE.size + n_key
         if depth > 1:
             if end > self.meta.page_bytes:
                 raise _UnsoundError(f"page {number} has a key that leaves it")
-            self.page(low | high << 16 | flags << 32, depth - 1)
+            self.page(low | high << 16 | flags << 32, depth - 1, lists_free=lists_free)
             return
         n_data = low | high << 16
         in_page = _NUMBER.size if flags & _BIG_DATA else n_data
         if flags & ~_BIG_DATA or end + in_page > self.meta.page_bytes:
             raise _UnsoundError(f"page {number} has a record that leaves it")
+        begin = at + end
         if flags & _BIG_DATA:
-            first = _NUMBER.unpack_from(self.data, at + end)[0]
-            self._claim(first, -(-(n_data + _PAGE.size) // self.meta.page_bytes))
+            first = _NUMBER.unpack_from(self.data, begin)[0]
+            count = -(-(n_data + _PAGE.size) // self.meta.page_bytes)
+            self._claim(first, count)
+            said = _LARGE.unpack_from(self.data, first * self.meta.page_bytes) if self.large else ()
+            if said and said != (first, _OVERFLOW, count):  # LMDB frees as many pages as it says
+                raise _UnsoundError(f"page {first} is not the large value that belongs there")
+            begin = first * self.meta.page_bytes + _PAGE.size
+        if lists_free:
+            self.free.append((begin, n_data))
+
+    def claim_free(self) -> None:
+        """Free pages have no other place: each is listed once, and no tree holds it."""
+        taken = np.frombuffer(self.taken, np.uint8)
+        for begin, n_bytes in self.free:
+            n = _NUMBER.unpack_from(self.data, begin)[0] if n_bytes >= _NUMBER.size else n_bytes
+            if (n + 1) * _NUMBER.size > n_bytes:
+                raise _UnsoundError("a list of free pages is cut")
+            pages = np.frombuffer(self.data, "<u8", n, begin + _NUMBER.size).copy()
+            if n and not 2 <= pages.min() <= pages.max() <= self.meta.last_page:
+                raise _UnsoundError("a page outside of the file is listed as free")
+            pages = pages[pages < len(taken)]  # the last pages of a transaction may be freed before they are written
+            if taken[pages].any() or (pages[1:] >= pages[:-1]).any():
+                raise _UnsoundError("a page in use is listed as free, or a free one twice")
+            taken[pages] = 1
 
     def _claim(self, first: int, count: int) -> None:
         """Pages belong to one place each, and to the file."""
-        if not 2 <= first <= first + count - 1 <= self.meta.last_page:
+        last = first + count - 1
+        if not 2 <= first <= last <= self.meta.last_page:
             raise _UnsoundError(f"page {first} is outside of the file")
-        if (first + count) * self.meta.page_bytes > len(self.data):
+        if (last + 1) * self.meta.page_bytes > len(self.data):
             raise _UnsoundError(f"page {first} is beyond the end of the file")
-        if first in self.seen:
+        if self.taken.find(1, first, last + 1) >= 0:
             raise _UnsoundError(f"page {first} is used twice")
-        self.seen.add(first)
+        self.taken[first : last + 1] = b"\1" * count

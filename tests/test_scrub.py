@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from care_store import TENANT, cells, contents, flip, open_store, put_session
 
+from sessiond import errors
 from sessiond.scrub import Scrub, anywhere
 from sessiond.storage import keys
 from sessiond.storage.kv import KVOwner
@@ -59,6 +60,23 @@ def test_a_loss_is_counted_once_and_left_alone(store):
     rounds(scrub, 3)
     assert (scrub.repaired, scrub.losses) == (0, 1)
     assert contents(store) == before
+
+
+@pytest.mark.parametrize("error", [errors.StoreReadOnly("read-only"), errors.DiskFull("full")])
+def test_what_comes_after_damage_that_cannot_be_mended_now_is_scrubbed_too(store, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr("sessiond.scrub.anywhere", lambda store: b"")
+    flip(store, next(key for key in contents(store) if key.startswith(KVOwner(TENANT, "cell", cells()[0]).prefix)))
+    flip(store, keys.tokens_key(TENANT, "s1-head", 0))
+    scrub = Scrub(store)
+    with monkeypatch.context() as broken:
+        broken.setattr("sessiond.scrub.mend", refuse)
+        rounds(scrub, 1)
+    assert (scrub.repaired, scrub.losses) == (0, 1)
+    rounds(scrub, 1)
+    assert scrub.repaired == 1
 
 
 def test_starts_differ(store):

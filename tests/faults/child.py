@@ -8,10 +8,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 
-def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a forked child; returns its pid. It exits with 0, or with 1 and a traceback on stderr.
+def fork(work: Callable[[], object], report: Path | None = None) -> int:
+    """Run `work` in a forked child; returns its pid. It exits with 0, or 1 and a traceback on stderr and in `report`.
 
     The parent must hold no open environment and run no other thread.
     """
@@ -23,6 +24,8 @@ def fork(work: Callable[[], object]) -> int:
     try:
         work()
     except BaseException:  # noqa: BLE001 - the child's last words
+        if report:
+            report.write_text(traceback.format_exc())
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -45,7 +48,7 @@ def wait(pid: int, timeout_s: float = 60.0) -> int:
         pause = min(pause * 1.5, 0.02)
 
 
-def ask(work: Callable[[], str], timeout_s: float = 60.0) -> tuple[int, str]:
+def ask(work: Callable[[], str], timeout_s: float = 60.0, report: Path | None = None) -> tuple[int, str]:
     """Run `work` in a forked child and return its exit code and what it returned (empty if it died)."""
     reading, writing = os.pipe()
 
@@ -54,7 +57,7 @@ def ask(work: Callable[[], str], timeout_s: float = 60.0) -> tuple[int, str]:
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(work().encode())
 
-    pid = fork(answer)
+    pid = fork(answer, report)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
         # The pipe ends with the child; the alarm ends a child that does not.

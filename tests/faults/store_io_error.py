@@ -106,9 +106,9 @@ def sweep(scratch: Path, template: Path, faults: Faults) -> Iterator[Fault]:
 
 def trial(root: Path, fault: Fault, faults: Faults, variant: str) -> tuple[list[str], int, int]:
     """(problems, tokens lost, whether the fault took place)."""
-    code, said = child.ask(lambda: write(root, fault, faults, variant))
+    code, said = child.ask(lambda: write(root, fault, faults, variant), report=(words := root / "last_words"))
     if code != 0:
-        return [f"the writer ended with {code}"], 0, 0
+        return [f"the writer ended with {code}: {words.read_text()[-1500:] if words.exists() else ''}"], 0, 0
     report = json.loads(said)
     problems: list[str] = report["problems"]
     code, said = child.ask(lambda: reopen(root))
@@ -163,7 +163,7 @@ def after_failure(store: Store, exc: errors.SessiondError) -> list[str]:
 
 def acknowledged_too_much(oracle: Path) -> list[str]:
     """After a failed write or fsync of an environment's file nothing that needs it may be acknowledged."""
-    lines = [json.loads(line) for line in oracle.read_text().splitlines()]
+    lines = [json.loads(line) for line in oracle.read_text().split("\n")[:-1]]  # a line may be under way
     at = next((i for i, line in enumerate(lines) if line[0] == "h"), len(lines))
     failed = lines[at][1] if at < len(lines) else ""
     needs = {"/log/data.mdb": {"create", "open", "token", "commit", "discard", "cell", "tail", "purge"},

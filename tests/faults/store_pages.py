@@ -196,7 +196,7 @@ def switch_off(defence: str) -> None:
         environment.read_tally = lambda *_, **__: None
         environment.build_tally = lambda *_: None
     elif defence == "no_structure":
-        mapfile.check_structure = lambda *_: None  # type: ignore[attr-defined]
+        mapfile.check_structure = lambda *_, **__: None  # type: ignore[attr-defined]
     elif defence:
         raise ValueError(defence)
 

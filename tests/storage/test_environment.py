@@ -10,7 +10,7 @@ import lmdb
 import pytest
 
 from sessiond import errors
-from sessiond.storage import environment, space
+from sessiond.storage import environment, space, tally
 from sessiond.storage.environment import Environment
 from sessiond.storage.failures import from_lmdb, from_os
 
@@ -234,6 +234,29 @@ def test_a_commit_that_fails_for_want_of_space_is_refused_and_the_next_one_tried
         assert not env.read_only
         env.submit([put(b"later")], 1).result(10)
         assert values(env) == {b"k": b"v", b"later": b"v"}
+
+
+def test_a_map_that_is_full_when_the_tally_is_written_passes_too(tmp_path, monkeypatch):
+    """Also while somebody holds on to another batch's refusal, whose traceback leads to the transaction."""
+
+    def refuse(self, txn, total):
+        raise lmdb.MapFullError("mdb_put: MDB_MAP_FULL")
+
+    def explode(txn):
+        raise errors.EtagMismatch("no")
+
+    with contextlib.closing(Environment(str(tmp_path / "e"), map_bytes=1 << 20, reserve_bytes=0, tallied="new")) as env:
+        release = hold(env)
+        full, refused = env.submit([put(b"a")], 1), env.submit([explode], 1)
+        with monkeypatch.context() as broken:
+            broken.setattr(tally.Tally, "write", refuse)
+            release.set()
+            assert isinstance(full.exception(10), errors.DiskFull)
+            kept = refused.exception(10)
+        assert isinstance(kept, errors.EtagMismatch)
+        env.submit([put(b"b")], 1).result(10)
+        assert not env.read_only
+        assert values(env).keys() == {tally.KEY, b"b"}
 
 
 class Panicking(FailingCommit):

@@ -8,6 +8,7 @@ from storage_samples import LOG_MAP
 
 from sessiond import errors
 from sessiond.storage.environment import Environment
+from sessiond.storage.metapages import newest_meta
 from sessiond.storage.structure import check_structure
 
 PAGE = 4096
@@ -85,3 +86,60 @@ def test_a_file_that_is_cut_is_refused(folder):
     assert refused(folder)
     with pytest.raises(errors.RecordCorrupt):
         Environment(str(folder), map_bytes=LOG_MAP)
+
+
+def free_lists(folder):
+    """Where each list of free pages stands in the file, how many it names, and all that any does."""
+    data = (folder / "data.mdb").read_bytes()
+    root, depth = newest_meta(data).trees[0]
+    assert depth == 1
+    at, n = root * PAGE, (struct.unpack_from("<H", data, root * PAGE + 12)[0] - 16) // 2
+    found = []
+    for node in struct.unpack_from(f"<{n}H", data, at + 16):
+        low, high, flags, n_key = struct.unpack_from("<HHHH", data, at + node)
+        assert not flags
+        assert low | high << 16 >= 8
+        count = struct.unpack_from("<Q", data, at + node + 8 + n_key)[0]
+        found.append((at + node + 8 + n_key, struct.unpack_from(f"<{count}Q", data, at + node + 16 + n_key)))
+    return found
+
+
+def test_a_page_in_use_that_is_listed_as_free_is_refused_before_it_is_written_over(folder):
+    lists = free_lists(folder)
+    free = {page for _, pages in lists for page in pages}
+    (at, listed), used = lists[0], set(pages(folder, 1) + pages(folder, 2)) - free
+    assert used
+    for page in used:  # tree pages of both trees
+        change(folder, at + 8, struct.pack("<Q", page))
+        assert refused(folder), page
+    for wrong in (0, 1, 1 << 40, listed[1]):
+        change(folder, at + 8, struct.pack("<Q", wrong))
+        assert refused(folder), wrong
+    change(folder, at + 8, struct.pack("<Q", listed[0]))
+    change(folder, at, struct.pack("<Q", 1 << 30))
+    assert refused(folder)
+    change(folder, at, struct.pack("<Q", len(listed)))
+    assert not refused(folder)
+
+
+def test_one_flipped_bit_in_the_free_list_loses_no_record_of_a_store_that_goes_on(folder):
+    """Without the check the next transactions take pages in use, and records of others are gone without a word."""
+    (at, listed), *_ = free_lists(folder)
+    used = set(pages(folder, 2)) - {page for _, found in free_lists(folder) for page in found}
+    place, page = next((i, p ^ 1 << b) for i, p in enumerate(listed) for b in range(8) if p ^ 1 << b in used)
+    change(folder, at + 8 + 8 * place, struct.pack("<Q", page))
+    with pytest.raises(errors.RecordCorrupt, match="in use is listed as free"):
+        Environment(str(folder), map_bytes=LOG_MAP)
+
+
+def test_a_large_value_that_says_it_has_more_pages_is_refused_before_it_is_deleted(folder):
+    """LMDB would free them all, and the next transactions write over those that are another record's."""
+    data = (folder / "data.mdb").read_bytes()
+    large = [n for n in range(2, len(data) // PAGE) if struct.unpack_from("<Q2xHI", data, n * PAGE) == (n, 4, 3)]
+    found = 0
+    for page in large:
+        change(folder, page * PAGE + 12, struct.pack("<I", 3 | 16))
+        found += refused(folder)
+        change(folder, page * PAGE + 12, struct.pack("<I", 3))
+    assert found > 0  # those in use
+    assert not refused(folder)
