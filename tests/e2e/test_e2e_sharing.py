@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ from e2e_daemon import PATIENCE, Daemons, Gate, Peer, peer_of, refused
 from grpc import StatusCode
 from test_e2e_branches import fork, rollback, say
 
+from sessiond import tiers
 from sessiond.errors import RecordCorrupt
 from sessiond.server import Daemon
+from sessiond.storage.batch import LogBatch
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2
 
@@ -345,3 +349,39 @@ class TestGoingBackAndForth:
         monkeypatch.setattr(daemon.desk.tiers.restorer, "fill", filled)
         await peer.turn(returned, DOCUMENT, max_tokens=N)
         assert after == before
+
+    async def test_memory_that_holds_less_than_the_heads_tail_does_not_replace_it(
+        self, daemon, peer: Peer, returned: str
+    ):
+        live, tails = daemon.desk.lives["default", returned], daemon.desk.store.log.tail_ref
+        before = tails("default", live.head)
+        await daemon.desk.persist(live)
+        assert tails("default", live.head) == before
+        await peer.suspend(returned)
+        turn = await peer.turn(returned, DOCUMENT, max_tokens=N)
+        assert turn.restored.tokens_recomputed == 0
+
+    async def test_two_sessions_that_write_the_tail_of_their_common_head_at_once_write_two_generations(
+        self, daemon, returned: str, monkeypatch
+    ):
+        live = daemon.desk.lives["default", returned]
+        persist, start, n = daemon.desk.tiers.persist_tail, live.cache.sealed, live.cache.length
+        together, encode, written = threading.Barrier(2), tiers.encode_kv, []
+
+        def encoding(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            written.append(owner.generation)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(0.5)
+            return encode(owner, *args, **kwargs)
+
+        batch = LogBatch()
+        batch.delete_tail_ref("default", live.head)
+        daemon.desk.store.log.write(batch).result()
+        monkeypatch.setattr(tiers, "encode_kv", encoding)
+        await asyncio.gather(
+            *(
+                asyncio.to_thread(persist, "default", live.head, start, live.cache.copies(start, n), [])
+                for _ in range(2)
+            )
+        )
+        assert sorted(written) == [1, 2]
