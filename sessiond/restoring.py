@@ -106,6 +106,8 @@ class Restorer:
         refs, damaged = cell_refs(self.store, tenant, hashes[first:])
         report.corrupt = next(iter(damaged.values()), "")
         planned = n_live + leading(refs[n_live - first :])
+        if cache.sealed < cache.length and planned > first:
+            cache.epoch += 1  # cells will overwrite provisional KV: whoever copies that must not keep it
         # The tail goes first: where it reaches below the sealed cells, they overwrite it.
         tail_end, borrowed = 0, cache.borrowed
         if cache.length < n_history:
@@ -189,10 +191,10 @@ class Restorer:
         for ref in tails:
             owner = KVOwner(tenant, "tail", ref.revision_id.encode(), ref.generation)
             span = Span(ref.start, ref.start + ref.length)
+            if span.end <= cache.length:
+                continue
             try:
-                report.bytes_read += self.store.blocks.read_into(
-                    owner, span.start, len(span), self.shape.n_layers, into(cache, span)
-                )
+                report.bytes_read += self._read_behind(owner, span, cache)
             except RecordCorrupt as error:
                 report.corrupt = error.message
                 stop = min(stop, span.start)  # what stood there was written over
@@ -201,6 +203,21 @@ class Restorer:
             if span.start <= max(sealed, borrowed):
                 borrowed = max(borrowed, int(ref.extra.get("borrowed", 0)))
         return stop, borrowed
+
+    def _read_behind(self, owner: KVOwner, span: Span, cache: SessionCache) -> int:
+        """Read a run, of which only what lies behind the positions that the cache holds; returns the bytes read.
+
+        What is held may be sealed, copied by others just now, or better than what is read.
+        """
+        read, held = self.store.blocks.read_into, cache.length
+        if span.start >= held:
+            return read(owner, span.start, len(span), self.shape.n_layers, into(cache, span))
+        aside = np.empty((self.shape.n_layers, 2, *cache.array(0, 0, span).shape), cache.array(0, 0, span).dtype)
+        n_bytes = read(owner, span.start, len(span), self.shape.n_layers, lambda layer, part: aside[layer, int(part)])
+        for layer in range(self.shape.n_layers):
+            for part in (Part.K, Part.V):
+                cache.array(layer, part, Span(held, span.end))[...] = aside[layer, int(part)][:, held - span.start :]
+        return n_bytes
 
     def _read_relatives(
         self,

@@ -38,6 +38,8 @@ class Tiers:
         self.restorer = Restorer(store, shape, identity_id)
         self._workers, self._codecs = self.restorer.n_workers, self.restorer.pool
         self.memory = CacheMemory(shape, capacity, self._codecs, self._workers)
+        # Forks share their head: two sessions may write its tail at once, and must not do so as one generation.
+        self._writing_tail = [threading.Lock() for _ in range(16)]
 
     def close(self) -> None:
         self._codecs.shutdown()
@@ -123,9 +125,10 @@ class Tiers:
     ) -> int:
         """Make provisional KV of a revision durable, then drop the tails of `replaces`. Returns bytes written.
 
-        `borrowed`: as SessionCache.borrowed.
+        A tail that holds all of it and more stays instead. `borrowed`: as SessionCache.borrowed.
         """
-        with self.store.inflight.hold(KVOwner(tenant, "tail", one.encode()).name for one in (revision_id, *replaces)):
+        names = [KVOwner(tenant, "tail", one.encode()).name for one in (revision_id, *replaces)]
+        with self.store.inflight.hold(names), self._writing_tail[hash(names[0]) % len(self._writing_tail)]:
             return self._write_tail(tenant, revision_id, start, arrays, replaces, borrowed)
 
     def _write_tail(
@@ -138,21 +141,23 @@ class Tiers:
         borrowed: int,
     ) -> int:
         old, _ = tail_ref(self.store, tenant, revision_id)
+        n_tokens = arrays[0][0].shape[1] if arrays else 0
+        if old and old.start <= start and old.start + old.length > start + n_tokens:
+            return 0  # a session that was rolled back and returned holds less than it had written
         generation = old.generation + 1 if old else 1
         log, written = LogBatch(), 0
-        if arrays and arrays[0][0].shape[1]:
+        if n_tokens:
             coded = encode_kv(
                 KVOwner(tenant, "tail", revision_id.encode(), generation), start, arrays, codec=self._codec
             )
             self.store.blocks.write(coded.records).result()
-            length = arrays[0][0].shape[1]
             written = coded.coded_bytes
             log.put_tail_ref(
                 TailRef(
                     tenant=tenant,
                     revision_id=revision_id,
                     start=start,
-                    length=length,
+                    length=n_tokens,
                     raw_bytes=coded.raw_bytes,
                     coded_bytes=coded.coded_bytes,
                     kv_digest=coded.kv_digest,

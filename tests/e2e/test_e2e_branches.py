@@ -248,3 +248,20 @@ class TestARollback:
         with refused("SESSION_NOT_FOUND", StatusCode.NOT_FOUND):
             await rollback(peer, "nobody", first)
         assert (await peer.get(session)).head_revision_id == before.head_revision_id
+
+
+class TestAnIdUsedAgain:
+    async def test_after_a_purge_makes_a_session_that_knows_nothing_of_the_old_one(self, peer: Peer):
+        """The old one's revisions are still there, for its fork."""
+        gone = (await peer.create(system="Be brief.", request_id="again")).session_id
+        await say(peer, gone, FIRST)
+        kept = (await fork(peer, gone)).session_id
+        old = (await peer.get(gone)).head_revision_id
+        await peer.delete(gone, purge_now=True)
+        new = await peer.create(system="Be brief.", request_id="again")
+        assert [revision.revision_id for revision in await peer.revisions(new.session_id)] == [new.head_revision_id]
+        with refused("REVISION_NOT_FOUND", StatusCode.NOT_FOUND):
+            await rollback(peer, new.session_id, old)
+        with refused("REVISION_NOT_FOUND", StatusCode.NOT_FOUND):
+            await fork(peer, new.session_id, old)
+        assert len(await peer.revisions(kept)) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ from e2e_daemon import PATIENCE, Daemons, Gate, Peer, peer_of, refused
 from grpc import StatusCode
 from test_e2e_branches import fork, rollback, say
 
+from sessiond import tiers
+from sessiond.errors import RecordCorrupt
 from sessiond.server import Daemon
+from sessiond.storage.batch import LogBatch
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2
 
@@ -93,7 +98,11 @@ class TestASecondSession:
             await peer.turn(session, "word " * 40, max_tokens=N, sampling=types_pb2.Sampling(temperature=0))
             await peer.settled(session)
         asked = await peer.turn(first, DOCUMENT, max_tokens=N)
+        cache = daemon.desk.lives["default", second].cache
+        assert cache.sealed < cache.length
+        epoch = cache.epoch
         again = await peer.turn(second, DOCUMENT, max_tokens=N)
+        assert cache.epoch != epoch, "whoever copies the provisional KV that cells overwrite must notice"
         assert again.ids == asked.ids
         assert again.accepted.prompt_tokens_new <= CELL < asked.accepted.prompt_tokens_new
         assert again.restored.tokens_restored >= CELL
@@ -284,3 +293,95 @@ class TestRevisions:
         one = await peer.call(peer.sessions.GetRevision, pb.GetRevisionRequest(session_id=session, revision_id=second))
         assert one.exact_upto == found[second].exact_upto
         assert np.array_equal([one.log_start, one.log_end], [found[second].log_start, found[second].log_end])
+
+
+class TestGoingBackAndForth:
+    """Rolled back, sealed there, and returned: memory holds sealed cells, and less than the head's tail on disk."""
+
+    @pytest.fixture
+    async def returned(self, daemon, peer: Peer) -> str:
+        patient = daemon.desk.settings.model_copy(update={"settle_seconds": 600})
+        quick, daemon.desk.settings = daemon.desk.settings, patient
+        session = (await peer.create(system="Be brief.")).session_id
+        for _ in range(4):
+            await peer.turn(session, "word " * 12, max_tokens=N)  # each less than a cell: nothing is canonical yet
+        *_, before, head = [revision.revision_id for revision in await peer.revisions(session)]
+        await peer.suspend(session)  # its tail begins at 0
+        await rollback(peer, session, before)
+        await peer.call(peer.sessions.WarmSession, pb.WarmSessionRequest(session_id=session))
+        daemon.desk.settings = quick
+        await rollback(peer, session, before)
+        await peer.settled(session)
+        daemon.desk.settings = patient
+        await rollback(peer, session, head)
+        live = daemon.desk.lives["default", session]
+        assert CELL <= live.cache.sealed < live.cache.length < len(live.ids) - 1
+        return session
+
+    async def test_a_tail_that_reaches_below_sealed_cells_in_memory_leaves_them_as_they_are(
+        self, daemon, peer: Peer, returned: str
+    ):
+        sealed = daemon.desk.lives["default", returned].cache.sealed
+        before = cache_bytes(daemon, returned, sealed)
+        turn = await peer.turn(returned, DOCUMENT, max_tokens=N)
+        assert turn.restored.tokens_restored > 0
+        assert cache_bytes(daemon, returned, sealed) == before
+
+    async def test_a_tail_that_fails_while_it_is_read_leaves_what_memory_holds(
+        self, daemon, peer: Peer, returned: str, monkeypatch
+    ):
+        held = daemon.desk.lives["default", returned].cache.length
+        before = cache_bytes(daemon, returned, held)
+        fill = daemon.desk.tiers.restorer.fill
+        after = []
+
+        def failing(owner: Any, start: int, n_tokens: int, n_layers: int, out: Any) -> int:
+            for layer in range(n_layers):
+                out(layer, 0)[...] = 9  # half read
+            raise RecordCorrupt("damaged")
+
+        def filled(*args: Any, **kwargs: Any) -> Any:
+            report = fill(*args, **kwargs)
+            after.extend(cache_bytes(daemon, returned, held))
+            return report
+
+        monkeypatch.setattr(daemon.desk.store.blocks, "read_into", failing)
+        monkeypatch.setattr(daemon.desk.tiers.restorer, "fill", filled)
+        await peer.turn(returned, DOCUMENT, max_tokens=N)
+        assert after == before
+
+    async def test_memory_that_holds_less_than_the_heads_tail_does_not_replace_it(
+        self, daemon, peer: Peer, returned: str
+    ):
+        live, tails = daemon.desk.lives["default", returned], daemon.desk.store.log.tail_ref
+        before = tails("default", live.head)
+        await daemon.desk.persist(live)
+        assert tails("default", live.head) == before
+        await peer.suspend(returned)
+        turn = await peer.turn(returned, DOCUMENT, max_tokens=N)
+        assert turn.restored.tokens_recomputed == 0
+
+    async def test_two_sessions_that_write_the_tail_of_their_common_head_at_once_write_two_generations(
+        self, daemon, returned: str, monkeypatch
+    ):
+        live = daemon.desk.lives["default", returned]
+        persist, start, n = daemon.desk.tiers.persist_tail, live.cache.sealed, live.cache.length
+        together, encode, written = threading.Barrier(2), tiers.encode_kv, []
+
+        def encoding(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            written.append(owner.generation)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait(0.5)
+            return encode(owner, *args, **kwargs)
+
+        batch = LogBatch()
+        batch.delete_tail_ref("default", live.head)
+        daemon.desk.store.log.write(batch).result()
+        monkeypatch.setattr(tiers, "encode_kv", encoding)
+        await asyncio.gather(
+            *(
+                asyncio.to_thread(persist, "default", live.head, start, live.cache.copies(start, n), [])
+                for _ in range(2)
+            )
+        )
+        assert sorted(written) == [1, 2]

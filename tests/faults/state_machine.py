@@ -50,6 +50,7 @@ class Tally:
     """Steps that did something; the machines themselves are made and dropped by hypothesis."""
 
     steps = 0
+    runs = 0
 
 
 def where_possible(step: Callable[..., None]) -> Callable[..., None]:
@@ -75,6 +76,7 @@ class Sequences(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
+        Tally.runs += 1
         self.folder = Path(tempfile.mkdtemp(dir=self.scratch))
         self.runner = asyncio.Runner()
         self.plain = PlainStore()
@@ -403,7 +405,7 @@ def _quiet(_line: object) -> None:
 
 def run(count: int, first_seed: int, scratch: Path, variant: str = "") -> Outcome:
     """`count` sequences of 30 steps (hypothesis adds a few). `variant`: see `WEAKNESSES`."""
-    Tally.steps = 0
+    Tally.steps = Tally.runs = 0
     details: list[str] = []
     Sequences.scratch = scratch
     phases = (Phase.generate,) if variant else (Phase.generate, Phase.shrink)
@@ -417,4 +419,8 @@ def run(count: int, first_seed: int, scratch: Path, variant: str = "") -> Outcom
         except Exception as error:  # noqa: BLE001 - whatever a sequence of calls raised is what was looked for
             shown = "".join(traceback.format_exception(error))[-6000:]
             details = [f"seed {first_seed}: {shown}"]
-    return Outcome("state_machine", run=count, failed=len(details), details=details, counts={"steps": Tally.steps})
+    if not details and not variant and Tally.runs < count:
+        details = [f"seed {first_seed}: only {Tally.runs} of {count} sequences were run"]
+    return Outcome(
+        "state_machine", run=min(count, Tally.runs), failed=len(details), details=details, counts={"steps": Tally.steps}
+    )
