@@ -56,6 +56,8 @@ def forks(client: Client, session: Session, n_repeats: int, found: Found) -> Non
         branch = session.fork()
         found.fork_ms.append((time.perf_counter() - began) * 1e3)
         found.fork_bytes.append(kv_bytes(client) - before)
+        if found.fork_bytes[-1] < 0:
+            raise RuntimeError("KV went away while the session was forked: what was copied cannot be told")
         if branch.proto.token_count != session.refresh().proto.token_count:
             raise RuntimeError("the fork does not hold what its source holds")
         turn = run_turn(branch, THIRD_QUESTION, max_tokens=MAX_TOKENS)

@@ -78,10 +78,12 @@ def killed(data: Path, model: str, n_tokens: int) -> list[list[int]]:
 
         with ThreadPoolExecutor(len(QUESTIONS)) as pool:
             futures = [pool.submit(cut_off, index) for index in range(len(QUESTIONS))]
-            enough.wait(300)
+            in_time = enough.wait(300)
             daemon.kill()
             for future in futures:
                 future.result()
+    if not in_time:
+        raise RuntimeError(f"after 300 s only {min(progress)} tokens of the slowest answer had come")
     with DaemonProcess(data, model=model) as daemon:
         client = daemon.client()
         with ThreadPoolExecutor(len(QUESTIONS)) as pool:

@@ -19,7 +19,7 @@ from sessiond.sharing import common_tokens
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecord
 from sessiond.tree import find_revision
-from sessiond.turnlog import discard_turn
+from sessiond.turnlog import close_request
 from sessiond.views import Fork, NewSession, Rollback, SessionView, session_view
 
 
@@ -145,9 +145,9 @@ async def rollback(sessions: Sessions, tenant: str, asked: Rollback) -> SessionV
         target = find_revision(log, record, asked.revision_id)
         await desk.unsettle(live)
         try:
-            record = await _give_up_suspended(desk, live, record)
-            record = await _move_head(desk, live, asked, target.revision_id)
+            live.load_history(log, record.head_revision)
             before = live.ids
+            record = await _move_head(desk, live, asked, target.revision_id)
             live.load_history(log, record.head_revision)
             if live.cache:
                 # An answer's last token was fed by the turn that is left behind, in a step of other shapes: of what is
@@ -163,20 +163,9 @@ async def rollback(sessions: Sessions, tenant: str, asked: Rollback) -> SessionV
     return session_view(desk, record)
 
 
-async def _give_up_suspended(desk: Desk, live: Live, record: SessionRecord) -> SessionRecord:
-    """Close the turn that stands suspended, if one does; the history in memory is the head's afterwards."""
-    live.load_history(desk.store.log, record.head_revision)
-    open_id = record.extra.get("open_request")
-    suspended = desk.store.log.request(live.tenant, live.session_id, open_id) if open_id else None
-    if suspended:
-        return await discard_turn(desk, live, suspended)
-    if live.cache:
-        live.cache.truncate(len(live.ids), desk.store.cell_tokens)
-    return record
-
-
 async def _move_head(desk: Desk, live: Live, asked: Rollback, revision_id: str) -> SessionRecord:
-    now = desk.now_us()
+    """One transaction: the turn that stands suspended, if one does, is given up with it or stays with the old head."""
+    now, log = desk.now_us(), desk.store.log
 
     def build(record: SessionRecord) -> LogBatch:
         check_etag(record, asked.etag)
@@ -184,6 +173,9 @@ async def _move_head(desk: Desk, live: Live, asked: Rollback, revision_id: str) 
         moved = replace(
             touched(record, now), head_revision=revision_id, updated_us=now, generation=record.generation + 1
         )
+        open_id = record.extra.get("open_request")
+        if open_id and (suspended := log.request(live.tenant, live.session_id, open_id)):
+            moved = close_request(batch, moved, suspended, now)
         batch.put_session(moved, expect_generation=record.generation)
         if asked.request_id:
             batch.put_request(

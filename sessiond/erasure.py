@@ -98,16 +98,15 @@ def _fork_point(log: LogStore, tenant: str, session_id: str) -> str:
 
 
 def _indexed(log: LogStore, tenant: str, session_id: str, fork_point: str) -> set[str]:
-    """The session's own revisions, and those of purged sessions that stayed for the branch it was forked from."""
+    """The session's own revisions, and all of the sessions whose past it shares: purged ones may have left some."""
     found = set(log.ids(tenant, keys.REVISION_INDEX, session_id))
     if not fork_point:
         return found
-    sessions = set(log.ids(tenant, keys.SESSION))
     owners = set()
     for revision_id in _lineage(log, tenant, [fork_point]):
         with contextlib.suppress(RecordCorrupt, RevisionNotFound):
             owners.add(log.revision(tenant, revision_id).session_id)
-    for owner in owners - sessions:
+    for owner in owners:
         found |= set(log.ids(tenant, keys.REVISION_INDEX, owner))
     return found
 

@@ -182,7 +182,8 @@ class Turn:
         if cache is not None:
             if plan.attachment == "started":  # positions beyond the history are of a turn that was given up
                 cache.truncate(len(self.live.ids), cell_tokens)
-            if held - cache.length < cell_tokens or not plan.record.seal:
+            history = min(len(self.live.ids), computed_upto(self.live.chain))
+            if cache.length >= history and (held - cache.length < cell_tokens or not plan.record.seal):
                 return
         self.stream.restored = await self.desk.warm(self.live, plan.prompt, share=plan.record.seal)
 

@@ -117,17 +117,24 @@ async def discard_turn(
 
     def build(record: SessionRecord) -> LogBatch:
         batch = LogBatch()
-        batch.delete_revision(record.tenant, request.revision_id)
-        batch.put_session(_closed(record))
-        state: RequestState = "failed" if failed else "aborted"
-        finished = {"error": failed} if failed else NOTHING.to_json()
-        batch.put_request(replace(request, state=state, updated_us=now, finished=finished))
+        batch.put_session(close_request(batch, record, request, now, failed))
         return batch
 
     record = await desk.edit(live, build)
     if live.cache:
         live.cache.truncate(len(live.ids), desk.store.cell_tokens)
     return record
+
+
+def close_request(
+    batch: LogBatch, record: SessionRecord, request: RequestRecord, now: int, failed: dict[str, str] | None = None
+) -> SessionRecord:
+    """Have `batch` end the request without a revision; returns the session's record for the caller to put."""
+    batch.delete_revision(record.tenant, request.revision_id)
+    state: RequestState = "failed" if failed else "aborted"
+    finished = {"error": failed} if failed else NOTHING.to_json()
+    batch.put_request(replace(request, state=state, updated_us=now, finished=finished))
+    return _closed(record)
 
 
 def _closed(record: SessionRecord) -> SessionRecord:

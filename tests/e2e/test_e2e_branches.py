@@ -6,6 +6,7 @@ import pytest
 from e2e_daemon import Daemons, Gate, Peer, peer_of, refused
 from grpc import StatusCode
 
+from sessiond.errors import DiskFull
 from sessiond.v1 import admin_pb2, types_pb2
 from sessiond.v1 import sessions_pb2 as pb
 
@@ -211,6 +212,34 @@ class TestARollback:
         now = await rollback(peer, session, first)
         assert (now.suspended_request_id, now.head_revision_id) == ("", first)
         assert (await say(peer, session, EDITED))[-1] == await straight(peer, FIRST, EDITED)
+
+    async def test_that_fails_leaves_the_suspended_turn(self, peer: Peer, daemon, session: str, monkeypatch):
+        """One transaction: the turn is given up with the head that moves, or neither."""
+        first = (await peer.revisions(session))[1].revision_id
+        daemon.desk.settings = daemon.desk.settings.model_copy(update={"detached_turn_seconds": 0.0})
+        gate = Gate(daemon)
+        stream = peer.open(session, EDITED, max_tokens=40, request_id="turn-3")
+        gate.let(4)
+        await stream.read_tokens(3)
+        stream.cancel()
+        await gate.cancelled()
+        gate.open()
+        while not (now := await peer.get(session)).suspended_request_id:
+            assert now.running_request_id
+        write, writes = daemon.desk.store.log.write, []
+
+        def full_at_the_second(batch):
+            writes.append(batch)
+            if len(writes) == 1:
+                raise DiskFull("no space")
+            return write(batch)
+
+        monkeypatch.setattr(daemon.desk.store.log, "write", full_at_the_second)
+        with refused("DISK_FULL", StatusCode.RESOURCE_EXHAUSTED):
+            await rollback(peer, session, first)
+        assert len(writes) == 1
+        rest = await peer.turn(session, EDITED, max_tokens=40, request_id="turn-3")
+        assert len(rest.ids) == 40
 
     async def test_while_a_turn_runs_is_refused(self, peer: Peer, daemon, session: str):
         first = (await peer.revisions(session))[1].revision_id
