@@ -46,7 +46,7 @@ def _served(daemon: Daemon, pipe: Connection) -> None:
 
 
 def _obey(daemon: Daemon, pipe: Connection) -> None:
-    """What no client can ask for: "damage" a cell of KV, "strand" one, or "scrub" the store. Answers what came of it."""
+    """What no client can ask for: "damage" a cell of KV, "strand" one, "scrub" the store. Answers a number."""
     assert daemon.desk is not None
     desk = daemon.desk
     while True:
