@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import shutil
 import tempfile
 import traceback
@@ -394,7 +393,7 @@ def run(count: int, first_seed: int, scratch: Path, variant: str = "") -> Outcom
     Tally.steps = 0
     details: list[str] = []
     Sequences.scratch = scratch
-    phases = (Phase.generate,) if variant or os.environ.get("NOSHRINK") else (Phase.generate, Phase.shrink)
+    phases = (Phase.generate,) if variant else (Phase.generate, Phase.shrink)
     options = settings(
         max_examples=count, stateful_step_count=STEPS, deadline=None, database=None, print_blob=False,
         suppress_health_check=list(HealthCheck), phases=phases,
