@@ -1,4 +1,4 @@
-"""Restores that fail, in many ways, beside a live session: it is unchanged, and the damaged one is computed again.
+"""Restores and imports that fail beside a live session: it is unchanged, and the damaged one is computed again.
 
 A real daemon over gRPC on the fake model, of which any wrong bit of KV changes the answer. What damage the token log
 has is DATA_LOSS, and says what is left.
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import lmdb
-from e2e_daemon import Peer, peer_of
+from e2e_archive import export, import_, put_together, take_apart
+from e2e_daemon import PATIENCE, Peer, peer_of
 from fake_daemon import model_folder
 from fake_model import FakeModel, answer_to
 from outcome import Outcome
@@ -25,6 +26,7 @@ from weaknesses import WEAKNESSES
 from sessiond import server
 from sessiond.clients.errors import SessiondClientError
 from sessiond.config import Settings
+from sessiond.modelidentity import identity_id
 from sessiond.storage import keys
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.environment import Environment
@@ -168,7 +170,8 @@ DAMAGES: dict[str, Callable[[Victim], int]] = {
         wrong_generation, wrong_length, damaged_cell_ref, damaged_tail_ref, damaged_tail,
     )
 }  # fmt: skip
-WAYS = (*DAMAGES, "failing_read", "full_memory", "damaged_tokens")
+IMPORTS = ("import_damaged", "import_of_another_model")
+WAYS = (*DAMAGES, "failing_read", "failing_read_beside_a_turn", "full_memory", *IMPORTS, "damaged_tokens")
 
 
 def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
@@ -183,7 +186,7 @@ def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
 async def _run(count: int, seed: int, scratch: Path, details: list[str]) -> None:
     settings = Settings(
         model=str(model_folder()), data_dir=scratch / "data", listen="127.0.0.1:0", threads=1, settle_seconds=0.0,
-        sweep_seconds=3600.0,
+        sweep_seconds=3600.0, scrub_bytes_per_second=0.0,
     )  # fmt: skip
     daemon = server.Daemon(settings)
     await daemon.start()
@@ -220,6 +223,12 @@ class _Trial:
         elif way == "failing_read":
             with self._failing_reads():
                 await self._recomputes(session, history, prompt, None)
+        elif way == "failing_read_beside_a_turn":
+            live_history = await self._beside_a_turn(live, live_history, session, history)
+            before = self._kv(live)
+        elif way in IMPORTS:
+            await self._refused_import(session, way)
+            await self._continues(session, history, prompt)
         elif way == "full_memory":
             await self._refused_for_memory(live, session, prompt)
         else:
@@ -241,6 +250,63 @@ class _Trial:
         assert 0 < lost <= len(history) - 1
         assert lost + turn.restored.tokens_restored == len(history) - 1, "not all of the history is accounted for"
         assert least is None or lost == least, f"{lost} tokens were computed again, not {least}"
+
+    async def _continues(self, session: str, history: list[int], prompt: list[int]) -> None:
+        """Nothing of it needs computing again."""
+        turn = await self.peer.turn(session, token_ids=prompt, max_tokens=16)
+        assert turn.ids == answer_to([*history, *prompt], 16), "the stored session says something else, silently"
+        assert turn.restored.tokens_recomputed == 0, turn.restored
+
+    async def _refused_import(self, session: str, way: str) -> None:
+        """Of an archive of the stored session; no record changes."""
+        archive, _ = await export(self.peer, session)
+        if way == "import_damaged":
+            damaged = bytearray(archive)
+            damaged[self.rng.randrange(len(damaged))] ^= 1 << self.rng.randrange(8)
+            archive, reasons = bytes(damaged), ("RECORD_CORRUPT", "BAD_REQUEST", "FORMAT_TOO_NEW")
+        else:
+            manifest, blocks = take_apart(archive)
+            manifest.identity.fields["weights_sha256"] = "0" * 64
+            manifest.identity.identity_id = identity_id(dict(manifest.identity.fields))
+            archive, reasons = put_together(manifest, blocks), ("IDENTITY_MISMATCH",)
+        before = self._records()
+        try:
+            await import_(self.peer, archive)
+        except SessiondClientError as error:
+            if error.reason not in reasons:
+                raise
+        else:
+            raise AssertionError(f"{way}: it was imported, silently")
+        assert self._records() == before, "a refused import changed the store"
+
+    def _records(self) -> list[tuple[bytes, bytes]]:
+        found = []
+        for part in (self.desk.store.log, self.desk.store.blocks):
+            with part.environment.read() as txn:
+                found += [(bytes(key), bytes(value)) for key, value in txn.cursor()]
+        return found
+
+    async def _beside_a_turn(self, live: str, live_history: list[int], session: str, history: list[int]) -> list[int]:
+        """While the live session says something, a read of the other's KV fails. Returns the live session's history."""
+        asked = self._ids(5)
+        while len(expected := answer_to([*live_history, *asked], 48)) < 32:  # long enough to be held in the middle
+            asked = self._ids(5)
+        model = cast(FakeModel, self.desk.engine.model)
+        model.hold(4)
+        stream = self.peer.open(live, token_ids=asked, max_tokens=48)
+        with self._failing_reads() as left:
+            await stream.read(lambda turn: len(turn.ids) >= 4)
+            other = asyncio.create_task(self._recomputes(session, history, self._ids(5), None))
+            async with asyncio.timeout(PATIENCE):
+                while left[0] >= 0:  # noqa: ASYNC110 - a thread of the store reads
+                    await asyncio.sleep(0.01)
+            model.release()
+            await other
+        turn = await stream.read()
+        assert turn.error is None, turn.error
+        assert turn.ids == expected, "the running turn says something else, silently"
+        await self.peer.settled(live)
+        return [*live_history, *asked, *turn.ids]
 
     async def _refused_for_memory(self, live: str, session: str, prompt: list[int]) -> None:
         settings = self.desk.settings
@@ -285,8 +351,8 @@ class _Trial:
         return kv_digest(cache.arrays(Span(0, cache.length)))
 
     @contextmanager
-    def _failing_reads(self) -> Iterator[None]:
-        """One read of a KV record fails."""
+    def _failing_reads(self) -> Iterator[list[int]]:
+        """One read of a KV record fails. Gives how many reads come before it: negative when it has failed."""
         blocks = self.desk.store.blocks._env
         left = [self.rng.randint(0, 3)]
         read = Environment.read
@@ -297,7 +363,7 @@ class _Trial:
                 yield _Failing(txn, left) if env is blocks else txn
 
         with mock.patch.object(Environment, "read", failing):
-            yield
+            yield left
 
 
 class _Failing:

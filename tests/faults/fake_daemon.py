@@ -17,11 +17,14 @@ from typing import Any
 from e2e_model import write_chat_model
 from fake_model import FakeModel
 
+from sessiond.care import Care
 from sessiond.config import Settings
 from sessiond.conversation import Conversations
 from sessiond.desk import Desk
 from sessiond.engine import Engine
 from sessiond.errors import StoreReadOnly
+from sessiond.exporting import Exports
+from sessiond.importing import Imports
 from sessiond.keeper import Keeper
 from sessiond.model import load_tokenizer
 from sessiond.scheduler import Event
@@ -60,7 +63,7 @@ class FakeDaemon:
         store = self.store
         model = self.model = FakeModel()
         batch = LogBatch()
-        batch.put_identity(IDENTITY, {"model": "fake"})
+        batch.put_identity(IDENTITY, {"model": "fake", "kv_dtype": model.shape.dtype})
         batch.put_profile(PROFILE, {"model": "fake"})
         await asyncio.wrap_future(store.log.write(batch))
         posts: list[Callable[[list[Event]], None]] = []
@@ -73,6 +76,10 @@ class FakeDaemon:
         self.sessions = Sessions(self.desk, "fake", frozenset({"fake"}))
         self.conversations = Conversations(self.desk, self.sessions)
         self.keeper = Keeper(self.desk, self.sessions)
+        self.care = Care(self.desk, self.sessions)
+        places = asyncio.Semaphore(1)
+        self.exports = Exports(self.sessions, places)
+        self.imports = Imports(self.sessions, places)
         return self
 
     async def stop(self) -> None:
@@ -108,6 +115,7 @@ class FakeDaemon:
         await self._close()
 
     async def _close(self) -> None:
+        await asyncio.to_thread(self.care.close)
         await asyncio.to_thread(self.engine.stop)
         await asyncio.to_thread(self.desk.close)
         await asyncio.to_thread(self.store.close)

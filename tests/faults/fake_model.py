@@ -93,7 +93,7 @@ class FakeModel:
         self._let = threading.Condition()
 
     def hold(self, n_tokens: int) -> None:
-        """Let the model say so many tokens; its next step then waits for `release`."""
+        """Let the model say so many tokens; its next step that says one then waits for `release`. Sealing goes on."""
         self._left = n_tokens
 
     def release(self) -> None:
@@ -110,7 +110,7 @@ class FakeModel:
     def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
         """As Model.step: KV of all feeds into their caches, logits [len(logit_rows), V]."""
         with self._let:
-            self._let.wait_for(lambda: self._left is None or self._left > 0)
+            self._let.wait_for(lambda: not logit_rows or self._left is None or self._left > 0)
             if self._left is not None:
                 self._left -= len(logit_rows)
         time.sleep(self.step_seconds)

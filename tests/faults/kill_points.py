@@ -30,7 +30,9 @@ class Point:
 
 COMMIT = "sessiond.storage.environment:Environment._commit_applied"
 DELETE = "sessiond.storage.blocks:BlockStore.delete"
-LOG = "sessiond.storage.log:LogStore"
+COLLECT = "sessiond.care:collect"
+COMPACTION = "sessiond.storage.compaction"
+IMPORT_BLOCKS = "sessiond.foreignkv:TailWriter.write"
 POINTS = (
     # The first start makes the directory.
     Point("format-before-its-rename", "pathlib:Path.replace", BEFORE),
@@ -95,6 +97,45 @@ POINTS = (
     Point("purge-log-before", "sessiond.storage.batch:LogBatch.delete_requests", AFTER),
     Point("purge-blocks-left", DELETE, BEFORE, since="sessiond.sessions:erase_session"),
     Point("purge-untold", "sessiond.sessions:erase_session", AFTER),
+    # A session travels.
+    Point("export-planned", "sessiond.exporting:_prepare", AFTER),
+    Point("export-first-block", "sessiond.storage.archive:ArchiveWriter.block", AFTER),
+    Point("export-ends", "sessiond.storage.archive:ArchiveWriter.end", AFTER),
+    Point("import-arriving", "sessiond.storage.incoming:Incoming.append", AFTER),
+    Point("import-received", "sessiond.importing:Imports._make", BEFORE),
+    Point("import-blocks-before", IMPORT_BLOCKS, BEFORE),
+    Point("import-blocks-queued", "sessiond.storage.blocks:BlockStore.write", AFTER, since=IMPORT_BLOCKS),
+    Point("import-blocks-before-the-transaction-ends", COMMIT, BEFORE, since=IMPORT_BLOCKS),
+    Point("import-blocks-durable", IMPORT_BLOCKS, AFTER),
+    Point("import-log-queued", "sessiond.storage.log:LogStore.write", AFTER, since=IMPORT_BLOCKS),
+    Point("import-durable-untold", COMMIT, COMMITTED, since=IMPORT_BLOCKS),
+    Point("import-untold", "sessiond.importing:Imports.receive", AFTER),
+    # The care of the store. The log is compacted first, then blocks.
+    Point("compact-purged", "sessiond.care:Care._collect", BEFORE),
+    Point("collector-looked", "sessiond.collector:reachable", AFTER),
+    Point("collector-before-the-references", "sessiond.storage.batch:LogBatch.delete_cell_ref", BEFORE, since=COLLECT),
+    Point("collector-references-gone", "sessiond.collector:delete_unreferenced", BEFORE),
+    Point("collector-kv-queued", DELETE, AFTER, since=COLLECT),
+    Point("collector-kv-gone", "sessiond.collector:delete_unreferenced", AFTER),
+    Point("collected", COLLECT, AFTER),
+    Point("compact-before-the-copy", f"{COMPACTION}:_write_copy", BEFORE),
+    Point("compact-copied-not-synced", "os:fsync", BEFORE, since=f"{COMPACTION}:_write_copy"),
+    Point("compact-copied", f"{COMPACTION}:_write_copy", AFTER),
+    Point("compact-closed", f"{COMPACTION}:_replace", BEFORE),
+    Point("compact-renamed", "os:replace", AFTER, since=f"{COMPACTION}:_replace"),
+    Point("compact-name-synced", f"{COMPACTION}:_replace", AFTER),
+    Point("compact-opened", "sessiond.storage.mapfile:MapFile._open", AFTER, since=f"{COMPACTION}:_replace"),
+    Point("compact-blocks-copied", f"{COMPACTION}:_write_copy", AFTER, nth=2),
+    Point("compact-blocks-closed", f"{COMPACTION}:_replace", BEFORE, nth=2),
+    Point("compact-blocks-name-synced", f"{COMPACTION}:_replace", AFTER, nth=2),
+    Point("compact-untold", "sessiond.care:Care.compact", AFTER),
+    Point("repair-before", "sessiond.verify:mend", BEFORE),
+    Point("repair-reference-gone", "sessiond.mending:delete_unreferenced", BEFORE, since="sessiond.verify:mend"),
+    Point("repair-kv-gone", "sessiond.mending:delete_unreferenced", AFTER, since="sessiond.verify:mend"),
+    Point("repaired", "sessiond.verify:mend", AFTER),
+    Point("scrub-before-mending", "sessiond.scrub:mend", BEFORE),
+    Point("scrub-reference-gone", "sessiond.mending:delete_unreferenced", BEFORE, since="sessiond.scrub:mend"),
+    Point("scrub-mended", "sessiond.scrub:mend", AFTER),
     Point("sweep-before-expiry", "sessiond.sessions:Sessions.expire_due", BEFORE),
     Point("sweep-expired", "sessiond.sessions:Sessions.expire_due", AFTER),
     Point("drain-begins", "sessiond.keeper:Keeper.drain", BEFORE),
@@ -174,6 +215,9 @@ class _Dying:
 
     def __init__(self, txn: Any) -> None:
         self._txn = txn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._txn, name)
 
     def commit(self) -> None:
         self._txn.commit()

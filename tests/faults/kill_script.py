@@ -10,19 +10,23 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
+from e2e_archive import export, import_
+from e2e_daemon import PATIENCE as CALL_PATIENCE
 from e2e_daemon import Peer, peer_of
 from e2e_model import NO_END
 from grpc import StatusCode
 from kill_runner import PATIENCE, Mortal
 
-from sessiond.clients.errors import SessiondClientError
+from sessiond.clients.errors import SessiondClientError, from_rpc_error
 from sessiond.storage.environment import Environment
 from sessiond.storage.log import LogStore
-from sessiond.v1 import sessions_pb2, types_pb2
+from sessiond.v1 import admin_pb2, sessions_pb2, types_pb2
 
 T = TypeVar("T")
 TEXT = "word " * 30
 TOKENS = 20
+LONG = 1000  # of a turn that must not end before somebody ends it
 STILL_SECONDS = 1.5
 SEEDED: dict[str, Any] = {"temperature": 3.0, "seed": 7, "logit_bias": NO_END}
 
@@ -91,6 +95,14 @@ class Client:
                     raise
                 await self._revive()
 
+    async def tell(self, command: str) -> int:
+        """Have something done in the daemon that no call asks for; again if it dies of it."""
+        while True:
+            try:
+                return await asyncio.to_thread(self.daemon.tell, command)
+            except (EOFError, OSError):
+                await self._revive()
+
     async def turn(self, session: str, request_id: str, text: str, **options: Any) -> list[int]:
         """Run a turn to its end; after a death it goes on behind the tokens that came."""
         seen: list[int] = self.said.get(request_id, [])
@@ -127,8 +139,10 @@ class Client:
         finally:
             log.close()
 
-    async def cut(self, session: str, request_id: str, text: str, tokens: int, **options: Any) -> None:
-        """Go away in the middle of a turn, which then stands suspended."""
+    async def cut(
+        self, session: str, request_id: str, text: str, tokens: int, *, may_end: bool = False, **options: Any
+    ) -> None:
+        """Go away in the middle of a turn, which then stands suspended; on a busy machine it `may_end` first."""
         while True:
             try:
                 stream = self.peer.open(session, text, request_id=request_id, **options)
@@ -140,6 +154,8 @@ class Client:
                 await self.until(session, lambda now: not now.running_request_id)
                 if (await self.peer.get(session)).suspended_request_id == request_id:
                     return
+                if may_end:
+                    return
                 raise DefectError(f"{request_id} does not stand suspended")
             except SessiondClientError as error:
                 if error.code is not StatusCode.UNAVAILABLE:
@@ -148,6 +164,12 @@ class Client:
                 if (await self.peer.get(session)).suspended_request_id == request_id:
                     self.said[request_id] = stream.turn.ids
                     return
+
+    async def gone(self, session: str) -> None:
+        """Purge it."""
+        for request_id in [name for name, told in self.texts.items() if told[0] == session]:
+            del self.texts[request_id]
+        await self.do(lambda peer: peer.delete(session, purge_now=True), "SESSION_NOT_FOUND")
 
     async def until(self, session: str, holds: Callable[[types_pb2.Session], bool]) -> types_pb2.Session:
         async with asyncio.timeout(PATIENCE):
@@ -200,21 +222,23 @@ async def hold(client: Client) -> None:
     await turn(a, "a1", TEXT)
     first = await do(lambda peer: peer.get(a))
     assert first is not None
-    await client.cut(a, "a2", TEXT, 5, max_tokens=4 * TOKENS, **SEEDED)
+    await client.cut(a, "a2", TEXT, 5, may_end=True, max_tokens=4 * TOKENS, **SEEDED)
     await turn(a, "a2", TEXT, max_tokens=4 * TOKENS, **SEEDED)
-    await client.cut(a, "a3", "Never mind", 3, max_tokens=400, **SEEDED)
+    await client.cut(a, "a3", "Never mind", 3, max_tokens=LONG, **SEEDED)
     await turn(a, "a4", TEXT, supersede=True)
-    await client.aborted(a, "a5", "Stop", 3, max_tokens=400, **SEEDED)
+    await client.aborted(a, "a5", "Stop", 3, max_tokens=LONG, **SEEDED)
     labelled = types_pb2.Session(session_id=a, labels={"colour": "blue"})
     await do(lambda peer: peer.update(labelled, "labels"))
     await do(lambda peer: peer.suspend(a))
     await turn(a, "a6", "Again")
     await branches(client, a, first.head_revision_id)
+    await travels(client, a)
     await do(lambda peer: peer.delete(a))
     await do(lambda peer: peer.undelete(a), "NOT_DELETED")
     brief = await do(lambda peer: peer.create(system="Soon gone.", ttl=0.3, request_id="create-c"))
     assert brief is not None
     await do(lambda _: client.until(brief.session_id, lambda now: now.state == types_pb2.SESSION_STATE_DELETED))
+    await cared_for(client, a)
     await turn(a, "a8", "The last one")
     await same_again(client, a)
 
@@ -230,13 +254,63 @@ async def branches(client: Client, a: str, first: str) -> None:
     await client.do(lambda peer: peer.call(peer.sessions.RollbackSession, back))
     await client.turn(a, "a7", TEXT)
     await same_again(client, b)
-    for request_id in [name for name, (session, _, _) in client.texts.items() if session == b]:
-        del client.texts[request_id]
-    await client.do(lambda peer: peer.delete(b, purge_now=True), "SESSION_NOT_FOUND")
+    await client.gone(b)
 
 
-async def same_again(client: Client, session: str) -> None:
-    """Every turn that was acknowledged is there, once, and reads as it did."""
+async def travels(client: Client, a: str) -> None:
+    """The session is exported; what it is imported as goes on as it would have, and is purged."""
+    exported = await client.do(lambda peer: export(peer, a))
+    assert exported is not None
+    archive, _ = exported
+    imported = await client.do(lambda peer: import_(peer, archive, request_id="import-d"))
+    again = await client.do(lambda peer: import_(peer, archive, request_id="import-d"))
+    assert imported is not None
+    assert again is not None
+    d = imported.session.session_id
+    if imported.verdict != sessions_pb2.IMPORT_VERDICT_EXACT or again.session.session_id != d:
+        raise DefectError(f"imported as {imported} and {again}")
+    brought = await client.do(lambda peer: peer.revisions(d)) or []
+    await client.turn(d, "d1", TEXT)
+    await same_again(client, d, frozenset(revision.request_id for revision in brought))
+    await client.gone(d)
+
+
+async def cared_for(client: Client, a: str) -> None:
+    """Purge, collect what was stranded, compact; damage that VerifyStore mends; damage that the scrub mends."""
+    await client.do(lambda peer: peer.suspend(a))
+    await client.tell("strand")
+    compacting = admin_pb2.CompactStoreRequest(purge_deleted=True)
+    done = await client.do(lambda peer: peer.call(peer.admin.CompactStore, compacting))
+    if client.deaths == 0 and (done is None or (done.sessions_purged, done.records_erased < 2) != (1, False)):
+        raise DefectError(f"compacting came to {done}")
+    await client.tell("damage")
+    await client.do(lambda peer: verified(peer, repair=True))
+    if findings := await client.do(lambda peer: verified(peer, repair=False)):
+        raise DefectError(f"a store that was just repaired has {findings}")
+    await client.tell("damage")
+    mended = await client.tell("scrub")
+    if mended != 1 and client.deaths == 0:
+        raise DefectError(f"the scrub mended {mended} damaged records")
+
+
+async def verified(peer: Peer, *, repair: bool) -> list[admin_pb2.Finding]:
+    """What VerifyStore finds; nothing of it may be a loss, and `repair` leaves nothing."""
+    request = admin_pb2.VerifyStoreRequest(repair=repair)
+    findings: list[admin_pb2.Finding] = []
+    async with asyncio.timeout(CALL_PATIENCE):
+        try:
+            async for reply in peer.admin.VerifyStore(request, metadata=peer.metadata):
+                if reply.HasField("finding"):
+                    findings.append(reply.finding)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error
+    if any(one.severity == admin_pb2.SEVERITY_LOSS or one.repaired != repair for one in findings):
+        raise DefectError(f"with repair={repair} the store has {findings}")
+    return findings
+
+
+async def same_again(client: Client, session: str, brought: frozenset[str] = frozenset()) -> None:
+    """Every turn that was acknowledged is there, once, and reads as it did. `brought`: requests of imported turns."""
     asked = {name: told for name, told in client.texts.items() if told[0] == session}
     for request_id, (_, text, options) in asked.items():
         again = await client.do(lambda peer, t=text, o=options, r=request_id: peer.turn(session, t, request_id=r, **o))
@@ -244,7 +318,8 @@ async def same_again(client: Client, session: str) -> None:
         if again.accepted.attachment != sessions_pb2.ATTACHMENT_REPLAYED or again.ids != client.said[request_id]:
             raise DefectError(f"{request_id} reads otherwise when asked for again")
     revisions = await client.do(lambda peer: peer.revisions(session)) or []
-    made = [r.request_id for r in revisions if r.session_id == session and r.kind == types_pb2.REVISION_KIND_TURN]
+    own = [r for r in revisions if r.session_id == session and r.request_id not in brought]
+    made = [r.request_id for r in own if r.kind == types_pb2.REVISION_KIND_TURN]
     client.turns_twice += len(made) - len(set(made))
     if sorted(made) != sorted(asked):
         raise DefectError(f"the revisions are {made}, the turns {sorted(asked)}")

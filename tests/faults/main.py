@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))  # also under `python -P`
 
 from kinds import BY_NAME, KINDS, Kind, chunks
-from outcome import Outcome, total
+from outcome import Outcome, total, with_limits
 from trials import run_chunk
 
 
@@ -39,7 +39,7 @@ def run_kind(kind: Kind, options: argparse.Namespace, scratch: Path) -> Outcome:
     started, done = time.monotonic(), 0
     outcomes: list[Outcome] = []
     with ThreadPoolExecutor(1 if kind.alone else options.jobs) as pool:
-        work = pool.map(lambda item: run_chunk(kind.name, *item, scratch), todo)
+        work = pool.map(lambda item: with_limits(run_chunk(kind.name, *item, scratch)), todo)
         for (_, seed), outcome in zip(todo, work, strict=True):
             done += outcome.run
             outcomes.append(outcome)

@@ -67,16 +67,37 @@ class PlainStore:
 
     def tree(self, session_id: str) -> list[str]:
         """Every revision that the session can go back to, its own and those before it was forked."""
-        session, before = self.sessions[session_id], []
-        at = session.fork_point
-        while at is not None:
-            before.append(at)
-            at = self.parent[at]
-        return [*before[::-1], *session.own]
+        session = self.sessions[session_id]
+        before = self.branch(session.fork_point) if session.fork_point else []
+        return [*before, *session.own]
 
     def forked(self, session_id: str, fork_id: str, revision: str) -> None:
         root = self.sessions[session_id].root
         self.sessions[fork_id] = PlainSession(revision, root, fork_point=revision)
+
+    def imported(self, import_id: str, root: str, head: str, copies: dict[str, str]) -> None:
+        """A new session of copies: their names by the names of what was exported, oldest first."""
+        self.sessions[import_id] = PlainSession(copies[head], copies[root], own=list(copies.values()))
+        for name, copy in copies.items():
+            parent = self.parent[name]
+            self.history[copy] = self.history[name]
+            self.parent[copy] = copies[parent] if parent else None
+
+    def branch(self, head: str) -> list[str]:
+        """The revisions that lead to this one, oldest first."""
+        found: list[str] = []
+        at: str | None = head
+        while at is not None:
+            found.append(at)
+            at = self.parent[at]
+        return found[::-1]
+
+    def purge_deleted(self) -> int:
+        """Forget deleted sessions; what forks of them need stays."""
+        doomed = [name for name, session in self.sessions.items() if session.deleted]
+        for name in doomed:
+            del self.sessions[name]
+        return len(doomed)
 
     def rolled_back(self, session_id: str, revision: str) -> None:
         self.gave_up(session_id)

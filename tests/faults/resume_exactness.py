@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from e2e_archive import export, import_
 from e2e_daemon import Peer, peer_of
 from fake_daemon import model_folder
 from kill_runner import Mortal
@@ -162,6 +163,13 @@ async def rolled_back(subject: Subject, session: str) -> str:
     return session
 
 
+async def imported(subject: Subject, archive: bytes) -> str:
+    """From the daemon that is left alone."""
+    done = await import_(subject.peer, archive)
+    assert done.verdict == sessions_pb2.IMPORT_VERDICT_EXACT
+    return done.session.session_id
+
+
 # Those whose conversation is held in the daemon that says the last turn.
 WAYS: dict[str, Callable[[Subject, str], Awaitable[str]]] = {
     "hot": hot,
@@ -171,7 +179,7 @@ WAYS: dict[str, Callable[[Subject, str], Awaitable[str]]] = {
     "forked_cold": forked_cold,
     "rolled_back": rolled_back,
 }
-ALL_WAYS = ("restarted", "killed", *WAYS)
+ALL_WAYS = ("restarted", "killed", "imported", *WAYS)
 
 
 def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
@@ -195,8 +203,14 @@ async def _run(conversations: list[Conversation], scratch: Path) -> list[str]:
         "model": str(model_folder()), "listen": "127.0.0.1:0", "threads": 1, "settle_seconds": 0.02,
         "sweep_seconds": 3600.0,
     }  # fmt: skip
+    expected: list[Last] = []
+    archives: dict[int, bytes] = {}
     async with _subject(settings | {"data_dir": scratch / "alone"}) as alone:
-        expected = [await alone.say(await alone.hold(one), one.last) for one in conversations]
+        for at, one in enumerate(conversations):
+            session = await alone.hold(one)
+            if one.way == "imported":
+                archives[at], _ = await export(alone.peer, session, all_revisions=at % 2 == 1)
+            expected.append(await alone.say(session, one.last))
     settings |= {"data_dir": scratch / "data", "memory_budget_bytes": BUDGET_BYTES}
     sessions: dict[int, str] = {}
     async with _subject(settings) as first:
@@ -209,6 +223,8 @@ async def _run(conversations: list[Conversation], scratch: Path) -> list[str]:
             doomed.kill()
     details = []
     async with _subject(settings) as subject:
+        for at, archive in archives.items():
+            sessions[at] = await imported(subject, archive)
         for at, one in enumerate(conversations):
             session = sessions.get(at) or await WAYS[one.way](subject, await subject.hold(one))
             if difference := (await subject.say(session, one.last)).differs(expected[at]):

@@ -6,8 +6,7 @@ Real desk, engine, sessions, conversations and store, cells of 8 tokens, on the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import functools
+import io
 import shutil
 import tempfile
 import traceback
@@ -23,6 +22,8 @@ from hypothesis.reporting import with_reporter
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from outcome import Outcome
 from plain_model import Asked, PlainSession, PlainStore
+from state_care import CareRules
+from state_steps import SOME, TENANT, NoSuchSessionError, Tally, where_possible
 from weaknesses import WEAKNESSES
 
 from sessiond import branching
@@ -36,36 +37,11 @@ from sessiond.views import Fork, NewSession, Rollback
 
 T = TypeVar("T")
 STEPS = 30
-TENANT = "t"
 DOCUMENT = tuple(range(30, 70))  # what sessions share: whole cells of the same tokens
-SOME = st.integers(0, 7)
 IDS = st.lists(st.integers(3, fake_model.VOCAB - 1), min_size=1, max_size=20).map(tuple)
 
 
-class NoSuchSessionError(Exception):
-    """No session is as a rule wants it."""
-
-
-class Tally:
-    """Steps that did something; the machines themselves are made and dropped by hypothesis."""
-
-    steps = 0
-    runs = 0
-
-
-def where_possible(step: Callable[..., None]) -> Callable[..., None]:
-    """The step, which does nothing if there is no session for it."""
-
-    @functools.wraps(step)
-    def guarded(self: Sequences, **drawn: Any) -> None:
-        with contextlib.suppress(NoSuchSessionError):
-            step(self, **drawn)
-            Tally.steps += 1
-
-    return guarded
-
-
-class Sequences(RuleBasedStateMachine):
+class Sequences(CareRules, RuleBasedStateMachine):
     """Every rule does one thing to the daemon and to the model, and compares.
 
     A rule for which there is no session does nothing. Preconditions would say so too, but must not rest on what only
@@ -101,7 +77,7 @@ class Sequences(RuleBasedStateMachine):
         return await FakeDaemon(self.folder / "data", detached_turn_seconds=0.0).start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.runner.run(asyncio.wait_for(work, 10))
+        return self.runner.run(_within(10.0, work))
 
     # --- sessions ------------------------------------------------------------------------------------------------
 
@@ -271,8 +247,7 @@ class Sequences(RuleBasedStateMachine):
     def idle(self) -> None:
         """Sealing and writing behind the turns come to their end."""
         Tally.steps += 1
-        tasks = [live.settling for live in self.daemon.desk.lives.values() if live.settling]
-        self.run(_all(tasks))
+        self.run(self._settled())
 
     @rule()
     def restart(self) -> None:
@@ -375,6 +350,7 @@ class Sequences(RuleBasedStateMachine):
         plain = self.plain
         self.run(self.daemon.stop())
         self.daemon = self.run(self.opened())
+        self.verify_twice()
         log = self.daemon.store.log
         owners = {(owner.kind, owner.id, owner.generation) for owner in self.daemon.store.blocks.owners(TENANT)}
         for ref in log.all_cell_refs(TENANT):
@@ -395,8 +371,18 @@ class Sequences(RuleBasedStateMachine):
         assert under <= known, "tokens of no turn"
 
 
-async def _all(tasks: list[asyncio.Task[None]]) -> None:
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def _within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result. What takes longer hangs: raises AssertionError that says what every task waits for."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait([task], timeout=seconds)
+    if done:
+        return task.result()
+    told = io.StringIO()
+    for one in asyncio.all_tasks():
+        one.print_stack(file=told)
+    task.cancel()
+    await asyncio.wait([task])
+    raise AssertionError(f"no end after {seconds} s\n{told.getvalue()}")
 
 
 def _quiet(_line: object) -> None:
