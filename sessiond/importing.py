@@ -108,6 +108,11 @@ class Imports:
         """Verify, judge, write. Blocks."""
         desk = self.desk
         reader = ArchiveReader(file)
+        digest = blake3(asked.digest.encode() + reader.digest).hexdigest(16)
+        # Before anything is judged: what the request made stays its answer, whatever model is served by now.
+        known = None if asked.dry_run else _known(desk, tenant, asked.request_id, digest)
+        if known is not None:
+            return known, _as_told(known)
         manifest = decode_manifest(reader.manifest)
         ours = desk.store.log.identity(desk.identity_id) or {}
         fields = differing_fields(manifest.identity, ours)
@@ -115,14 +120,10 @@ class Imports:
         found = check_blocks(reader, manifest.history, len(manifest.profiles), shape)
         registry.parse(*manifest.policy)
         verdict, history = _judge(desk, asked, manifest, ours, fields)
-        digest = blake3(asked.digest.encode() + reader.digest).hexdigest(16)
         with_kv = found.covered(history, history.head) if verdict == "exact" else 0
         done = Imported(None, verdict, fields, manifest.history.n_tokens, with_kv)
         if asked.dry_run:
             return None, done
-        known = _known(desk, tenant, asked.request_id, digest)
-        if known is not None:
-            return known, _as_told(known)
         desk.store.require_space()
         return self._write(tenant, asked, digest, _Judged(reader, manifest, history, found, done)), done
 
