@@ -403,7 +403,6 @@ class SessionsServicer:
         differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
         STORE_READ_ONLY.
         * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
-        MEMORY_BUDGET: what it says of its session does not fit beside the running turns.
         * ABORTED / STREAM_STALLED: nothing came for too long.
         * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
         """

@@ -231,7 +231,6 @@ class SessionsStub:
       differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
       STORE_READ_ONLY.
     * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
-      MEMORY_BUDGET: what it says of its session does not fit beside the running turns.
     * ABORTED / STREAM_STALLED: nothing came for too long.
     * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
     """
@@ -445,7 +444,6 @@ class SessionsAsyncStub(SessionsStub):
       differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
       STORE_READ_ONLY.
     * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
-      MEMORY_BUDGET: what it says of its session does not fit beside the running turns.
     * ABORTED / STREAM_STALLED: nothing came for too long.
     * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
     """
@@ -758,7 +756,6 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
           differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
           STORE_READ_ONLY.
         * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
-          MEMORY_BUDGET: what it says of its session does not fit beside the running turns.
         * ABORTED / STREAM_STALLED: nothing came for too long.
         * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
         """
