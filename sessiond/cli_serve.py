@@ -57,6 +57,7 @@ def serve(
     sweep_seconds: Annotated[float | None, _flag("How often expiry is looked at. [5]", _TURNS)] = None,
     drain_seconds: Annotated[float | None, _flag("SIGTERM lets turns go on. [30]", _TURNS)] = None,
     scrub_bytes_per_second: Annotated[float | None, _flag("Rate of checking again; 0: off. [4e6]", _CARE)] = None,
+    archive_idle_seconds: Annotated[float | None, _flag("Ends exports and imports that stall. [60]", _MEMORY)] = None,
     collect_seconds: Annotated[float | None, _flag("Erases unreferenced records; 0: off. [6 h]", _CARE)] = None,
 ) -> None:
     """Run the daemon until SIGTERM. Every flag is also an environment variable: SESSIOND_<FLAG>."""

@@ -58,6 +58,10 @@ class Settings(BaseSettings):
     )
     max_queued_turns: int = Field(256, ge=1)
 
+    archive_idle_seconds: float = Field(
+        60.0, gt=0, allow_inf_nan=False, description="An export nobody reads, an import that stands still: ended."
+    )
+
     # Turns and their durability.
     detached_turn_seconds: float = Field(
         60.0, ge=0, allow_inf_nan=False, description="A turn nobody listens to runs on for this."

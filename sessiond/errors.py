@@ -8,7 +8,7 @@ SessiondError
 ├── FailedPrecondition  IdentityMismatch SessionDeleted NotDeleted ModelMissing ModelCorrupt ModelUnsupported
 │                       DataDirectoryReadOnly DataDirectoryBusy FormatTooNew NothingToContinue
 │                       StoreReadOnly DependencyMissing UnsafeAddress
-├── Aborted             SessionBusy RevisionMismatch EtagMismatch TurnSuspended
+├── Aborted             SessionBusy RevisionMismatch EtagMismatch TurnSuspended StreamStalled
 ├── ResourceExhausted   MemoryBudget DiskFull QueueFull Quota
 ├── DataLoss            RecordCorrupt
 ├── Unavailable         Draining Starting
@@ -260,6 +260,12 @@ class TurnSuspended(Aborted):
     """A suspended turn stands on this session; metadata carries its request_id."""
 
     reason = "TURN_SUSPENDED"
+
+
+class StreamStalled(Aborted):
+    """The other side of an export or import neither took nor sent anything for archive_idle_seconds; start again."""
+
+    reason = "STREAM_STALLED"
 
 
 class ResourceExhausted(SessiondError):

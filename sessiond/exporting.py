@@ -14,10 +14,11 @@ import numpy as np
 import structlog
 
 from sessiond.desk import Desk
-from sessiond.errors import DataLoss, QueueFull, RecordCorrupt, ResourceExhausted, StoreReadOnly
+from sessiond.errors import DataLoss, RecordCorrupt, ResourceExhausted, StoreReadOnly
 from sessiond.history import History, read_history
 from sessiond.live import Live
 from sessiond.manifest import Manifest, encode_manifest
+from sessiond.places import ArchivePlaces
 from sessiond.segments import Run, plan_runs
 from sessiond.sessions import Sessions
 from sessiond.storage.archive import ArchiveWriter
@@ -120,7 +121,7 @@ class Export:
 class Exports:
     """What ExportSession does. Runs on the event loop; no more than a few at a time."""
 
-    def __init__(self, sessions: Sessions, places: asyncio.Semaphore) -> None:
+    def __init__(self, sessions: Sessions, places: ArchivePlaces) -> None:
         self.sessions = sessions
         self.desk = sessions.desk
         self._places = places
@@ -135,7 +136,7 @@ class Exports:
         """
         desk = self.desk
         record = self.sessions.record(tenant, session_id, deleted_too=True)
-        async with place(self._places):
+        with self._places.place(tenant):
             if not tokens_only:
                 await self._persist(desk.lives.get((tenant, session_id)))
                 record = self.sessions.record(tenant, session_id, deleted_too=True)
@@ -160,15 +161,6 @@ class Exports:
             if live.cache is not None:
                 self.desk.settle(live)
             live.lease.release()
-
-
-@contextlib.asynccontextmanager
-async def place(places: asyncio.Semaphore) -> AsyncIterator[None]:
-    """One of the few places for work on archives. Raises QueueFull if all are taken."""
-    if places.locked():
-        raise QueueFull("other archives are being written or read", retry_after=5.0)
-    async with places:
-        yield
 
 
 def _prepare(desk: Desk, record: SessionRecord, revision_id: str, all_revisions: bool, tokens_only: bool) -> Export:

@@ -15,11 +15,10 @@ from xxhash import xxh3_128
 
 from sessiond.history import History
 from sessiond.references import cell_refs
-from sessiond.segments import parent_segment, segment_ends
+from sessiond.segments import walk
 from sessiond.storage.archive import ArchiveReader, Block, corrupt, malformed
 from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import SPAN_TOKENS, KVOwner, LayerArrays, encode_kv, kv_digest
-from sessiond.storage.prefix import prefix_hashes
 from sessiond.storage.records import RevisionRecord, TailRef
 from sessiond.storage.tensors import decode_tensors, tensor_bytes
 from sessiond.tiers import Tiers
@@ -60,34 +59,39 @@ def check_blocks(reader: ArchiveReader, history: History, n_profiles: int, shape
 
     Raises BadRequest for what no export writes, RecordCorrupt where bytes do not match their digest.
     """
-    ends = set(segment_ends(history))
-    found = ForeignKV()
+    after = {own[-1]: history.revisions[own[0]].parent for own in history.segments()}
+    waiting, upto = (
+        list(after)[::-1],
+        dict[int | None, int]({None: 0}),
+    )  # positions with KV at the end of each segment that is over
+    found, last = ForeignKV(), 0
     for block in reader.blocks():
         try:
             header = archive_pb2.ArchiveBlock.FromString(block.header)
         except DecodeError as error:
             raise malformed("a block's header is not valid protobuf") from error
         at = header.revision
-        if at not in ends or not 1 <= header.n_tokens <= SPAN_TOKENS or header.profile >= n_profiles:
+        if at not in after or not 1 <= header.n_tokens <= SPAN_TOKENS or header.profile >= n_profiles:
             raise malformed(f"a block of {header.n_tokens} positions for revision {at}, profile {header.profile}")
         piece = Piece(at, header.start, header.n_tokens, header.sealed, header.profile, block)
-        _check_place(found, history, ends, piece)
+        if at < last:
+            raise malformed("its blocks are not in the order of revisions")
+        last = at
+        while waiting and waiting[-1] < at:
+            over = waiting.pop()
+            own = found.pieces.get(over)
+            upto[over] = max(upto[after[over]], own[-1].end if own else 0)
+        _check_place(found.pieces.get(at), upto[after[at]], history.ends[at], piece)
         if shape is not None:
             _check_bytes(reader, piece, header.kv_digest, shape)
         found.pieces.setdefault(at, []).append(piece)
     return found
 
 
-def _check_place(found: ForeignKV, history: History, ends: set[int], piece: Piece) -> None:
-    if found.pieces and piece.revision < max(found.pieces):
-        raise malformed("its blocks are not in the order of revisions")
-    before = found.pieces.get(piece.revision)
-    if before:
-        joins = piece.start == before[-1].end
-    else:
-        after = parent_segment(history, ends, piece.revision)
-        joins = piece.start <= (found.covered(history, after) if after >= 0 else 0)
-    if not joins or piece.end > history.ends[piece.revision]:
+def _check_place(before: list[Piece] | None, parent_upto: int, end: int, piece: Piece) -> None:
+    """`before`: the segment's blocks so far. `parent_upto`: where KV of the segments before it stops."""
+    joins = piece.start == before[-1].end if before else piece.start <= parent_upto
+    if not joins or piece.end > end:
         raise malformed(f"a block at {piece.start} of revision {piece.revision} leaves a gap or lies outside")
 
 
@@ -118,15 +122,14 @@ class TailWriter:
     def write(self, found: ForeignKV, history: History, revisions: list[RevisionRecord]) -> list[TailRef]:
         """Make the blocks durable under the new revisions' ids; returns the references, for the batch."""
         refs, borrowed = [], {-1: 0}
-        ends = set(segment_ends(history))
-        for index in sorted(ends):
-            after = parent_segment(history, ends, index)
-            borrowed[index] = borrowed[after]
+        for segment in walk(self.tenant, self.tiers.identity_id, history, self.tiers.cell_tokens):
+            index = segment.end
+            borrowed[index] = borrowed[segment.after]
             pieces = found.pieces.get(index, [])
             for piece in pieces:
                 if piece.sealed and self.cells_fit and piece.start <= borrowed[index]:
                     borrowed[index] = max(borrowed[index], piece.end)
-            ours = self._own_cells(history, index)
+            ours = self._own_cells(segment.hashes)
             kept = [piece for piece in pieces if piece.end > ours]
             if kept:
                 refs.append(self._tail(revisions[index].revision_id, kept, borrowed[index]))
@@ -138,10 +141,9 @@ class TailWriter:
             self.tiers.store.blocks.delete(owner).result()
         self.written.clear()
 
-    def _own_cells(self, history: History, index: int) -> int:
+    def _own_cells(self, hashes: list[bytes]) -> int:
         """Leading positions that the tenant has sealed cells for: those are used instead."""
         tiers = self.tiers
-        hashes = prefix_hashes(self.tenant, tiers.identity_id, history.ids(index), tiers.cell_tokens)
         refs, _ = cell_refs(tiers.store, self.tenant, hashes, forget=False)
         return next((i for i, ref in enumerate(refs) if ref is None), len(refs)) * tiers.cell_tokens
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from sessiond.branch import Ids
-from sessiond.errors import RecordCorrupt, RevisionNotFound
+from sessiond.errors import BadRequest, RecordCorrupt, RevisionNotFound
 from sessiond.messages import decode_messages
 from sessiond.storage import keys
 from sessiond.storage.log import LogStore
 from sessiond.storage.records import RevisionRecord, SessionRecord
 from sessiond.template import Message
-from sessiond.tree import leaves, read_tree
+from sessiond.tree import read_tree
 
 Flags = np.ndarray[Any, np.dtype[np.uint8]]
 Kind = Literal["root", "turn", "append"]
 Ended = Literal["stop_token", "open"]
+
+MAX_REVISIONS = 20_000  # of what is carried: some work on it grows faster than its size
+MAX_SEGMENTS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,43 @@ class History:
         """All tokens of the branch that ends at `index`."""
         return np.concatenate([self.revisions[at].ids for at in self.chain(index)])
 
+    def segments(self) -> list[list[int]]:
+        """The tree cut at its forks, its head and its leaves: each segment's revisions, by its last one.
+
+        Parents first. The parent of a segment's first revision is the last of the segment before it.
+        """
+        ends = segment_ends([told.parent for told in self.revisions], self.head)
+        known = set(ends)
+        found: list[list[int]] = []
+        for end in ends:
+            own, at = [end], self.revisions[end].parent
+            while at is not None and at not in known:
+                own.append(at)
+                at = self.revisions[at].parent
+            found.append(own[::-1])
+        return found
+
     @property
     def n_tokens(self) -> int:
         """Tokens of all revisions."""
         return sum(len(told.ids) for told in self.revisions)
+
+
+def segment_ends(parents: Sequence[int | None], head: int) -> list[int]:
+    """Indices of the revisions at which a segment ends, parents first."""
+    children = [0] * len(parents)
+    for parent in parents:
+        if parent is not None:
+            children[parent] += 1
+    return [i for i, n in enumerate(children) if n != 1 or i == head]
+
+
+def too_many(parents: Sequence[int | None], head: int) -> str:
+    """What is wrong with the size of a tree that is to be carried; empty if nothing is."""
+    if len(parents) > MAX_REVISIONS:
+        return f"{len(parents)} revisions, more than {MAX_REVISIONS}"
+    n_segments = len(segment_ends(parents, head))
+    return f"{n_segments} segments, more than {MAX_SEGMENTS}" if n_segments > MAX_SEGMENTS else ""
 
 
 def read_history(
@@ -99,9 +135,12 @@ def read_history(
     tenant = session.tenant
     try:
         records = {record.revision_id: record for record in log.chain(tenant, head.revision_id)}
-        for leaf in leaves(read_tree(log, session).values()) if whole_tree else ():
-            records |= {record.revision_id: record for record in log.chain(tenant, leaf)}
+        records |= {} if not whole_tree else read_tree(log, session)
         index = {revision_id: i for i, revision_id in enumerate(records)}
+        parents = [None if one.parent is None else index[one.parent] for one in records.values()]
+        if why := too_many(parents, index[head.revision_id]):
+            help_ = "; export one branch, without all_revisions" if whole_tree else ""
+            raise BadRequest(f"the session has {why}{help_}", field="all_revisions")
         told = tuple(_read(log, record, index) for record in records.values())
     except RecordCorrupt as error:
         raise _still_readable(log, session, error) from error

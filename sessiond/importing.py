@@ -13,12 +13,12 @@ from blake3 import blake3
 
 from sessiond.desk import Desk
 from sessiond.errors import BadRequest, IdentityMismatch, RequestIdReused, SessionExists, SessionNotFound
-from sessiond.exporting import place
 from sessiond.foreignkv import ForeignKV, TailWriter, check_blocks
 from sessiond.history import History
 from sessiond.manifest import Manifest, decode_manifest
 from sessiond.modelidentity import differing_fields, profile_id
 from sessiond.newsession import session_id_of
+from sessiond.places import ArchivePlaces
 from sessiond.policies import registry
 from sessiond.retelling import TOKENIZER, retell, untellable
 from sessiond.sessions import Sessions
@@ -70,7 +70,7 @@ class Upload:
 class Imports:
     """What ImportSession does. Runs on the event loop; no more than a few at a time."""
 
-    def __init__(self, sessions: Sessions, places: asyncio.Semaphore) -> None:
+    def __init__(self, sessions: Sessions, places: ArchivePlaces) -> None:
         self.sessions = sessions
         self.desk = sessions.desk
         self._places = places
@@ -83,11 +83,11 @@ class Imports:
         Raises everything that sessions.proto lists for ImportSession. Nothing is left of an import that fails.
         """
         self.sessions.refuse_draining()
-        async with place(self._places):
+        with self._places.place(tenant):
             desk = self.desk
             with await desk.in_pool(Incoming, desk.store.root, DEFAULT_RESERVE_BYTES) as file:
                 upload, whole = Upload(file), False
-                async for part in chunks:
+                async for part in self._places.prompt(chunks):
                     if whole:
                         raise BadRequest("something follows the trailer", field="part")
                     if isinstance(part, bytes):
@@ -108,6 +108,11 @@ class Imports:
         """Verify, judge, write. Blocks."""
         desk = self.desk
         reader = ArchiveReader(file)
+        digest = blake3(asked.digest.encode() + reader.digest).hexdigest(16)
+        # Before anything is judged: what the request made stays its answer, whatever model is served by now.
+        known = None if asked.dry_run else _known(desk, tenant, asked.request_id, digest)
+        if known is not None:
+            return known, _as_told(known)
         manifest = decode_manifest(reader.manifest)
         ours = desk.store.log.identity(desk.identity_id) or {}
         fields = differing_fields(manifest.identity, ours)
@@ -115,14 +120,10 @@ class Imports:
         found = check_blocks(reader, manifest.history, len(manifest.profiles), shape)
         registry.parse(*manifest.policy)
         verdict, history = _judge(desk, asked, manifest, ours, fields)
-        digest = blake3(asked.digest.encode() + reader.digest).hexdigest(16)
         with_kv = found.covered(history, history.head) if verdict == "exact" else 0
         done = Imported(None, verdict, fields, manifest.history.n_tokens, with_kv)
         if asked.dry_run:
             return None, done
-        known = _known(desk, tenant, asked.request_id, digest)
-        if known is not None:
-            return known, _as_told(known)
         desk.store.require_space()
         return self._write(tenant, asked, digest, _Judged(reader, manifest, history, found, done)), done
 

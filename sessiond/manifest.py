@@ -12,7 +12,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from sessiond import wirein, wireout
 from sessiond.errors import SessiondError
-from sessiond.history import Ended, History, Kind, Told
+from sessiond.history import Ended, History, Kind, Told, too_many
 from sessiond.modelidentity import identity_id
 from sessiond.storage.archive import malformed
 from sessiond.storage.envelope import canonical_json
@@ -20,7 +20,6 @@ from sessiond.types import FinishReason
 from sessiond.v1 import archive_pb2 as pb
 from sessiond.v1 import types_pb2 as types
 
-MAX_REVISIONS = 1_000_000
 MAX_PROFILES = 1024
 MAX_TIME_US = wirein.MAX_TIME_US
 _KINDS: dict[int, Kind] = {
@@ -124,8 +123,13 @@ def decode_manifest(raw: bytes) -> Manifest:
 
 
 def _history(proto: pb.ArchiveManifest) -> History:
-    if not 1 <= len(proto.revisions) <= MAX_REVISIONS or proto.head >= len(proto.revisions):
+    if not len(proto.revisions) >= 1 or proto.head >= len(proto.revisions):
         raise malformed(f"head {proto.head} of {len(proto.revisions)} revisions")
+    parents = [one.parent if one.HasField("parent") else None for one in proto.revisions]
+    if any(parent is not None and parent >= index for index, parent in enumerate(parents)):
+        raise malformed("a revision has no parent before it")
+    if why := too_many(parents, proto.head):
+        raise malformed(why)
     told: list[Told] = []
     ends: list[int] = []
     for index, revision in enumerate(proto.revisions):

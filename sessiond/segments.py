@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from sessiond.branch import Ids
 from sessiond.history import History
 from sessiond.references import cell_refs, tail_ref
 from sessiond.storage.kv import SPAN_TOKENS, KVOwner
 from sessiond.storage.prefix import prefix_hashes
-from sessiond.storage.records import RevisionRecord, SessionRecord
+from sessiond.storage.records import RevisionRecord, SessionRecord, TailRef
 from sessiond.storage.store import Store
 
 
@@ -39,52 +42,56 @@ class Run:
         return self.record_start + self.n_record
 
 
-def segment_ends(history: History) -> list[int]:
-    """Indices of the revisions at which a segment ends, parents first."""
-    children = [0] * len(history.revisions)
-    for told in history.revisions:
-        if told.parent is not None:
-            children[told.parent] += 1
-    return [i for i, n in enumerate(children) if n != 1 or i == history.head]
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """`revisions`: its own, by index, the last one `end`. `after`: the last of the segment before it, or -1.
+
+    `hashes`: of all whole cells of the branch that ends with it.
+    """
+
+    end: int
+    after: int
+    revisions: list[int]
+    hashes: list[bytes]
 
 
-def parent_segment(history: History, ends: set[int], index: int) -> int:
-    """The segment before the one that ends at `index`: its last revision, or -1."""
-    at = history.revisions[index].parent
-    while at is not None and at not in ends:
-        at = history.revisions[at].parent
-    return -1 if at is None else at
+def walk(tenant: str, identity_id: str, history: History, cell: int) -> Iterator[Segment]:
+    """The segments, parents first. Each token is hashed once: a branch goes on from its parent's hashes."""
+    none: tuple[list[bytes], Ids] = [], np.zeros(0, np.uint32)
+    reached = {-1: none}  # hashes so far, and the tokens behind the last whole cell
+    for own in history.segments():
+        parent = history.revisions[own[0]].parent
+        after = -1 if parent is None else parent
+        before, rest = reached[after]
+        ids = np.concatenate([rest, *(history.revisions[at].ids for at in own)])
+        more = prefix_hashes(tenant, identity_id, ids, cell, parent=before[-1] if before else None)
+        reached[own[-1]] = [*before, *more], ids[len(more) * cell :].copy()
+        yield Segment(own[-1], after, own, reached[own[-1]][0])
 
 
 def plan_runs(
     store: Store, session: SessionRecord, history: History, records: list[RevisionRecord], profiles: list[str]
 ) -> list[Run]:
     """The runs on disk, segment by segment, each without gaps. Profile ids met are added to `profiles`."""
-    ends = segment_ends(history)
     covered = {-1: 0}
+    tails: dict[int, list[TailRef]] = {-1: []}
     runs: list[Run] = []
-    for index in ends:
-        after = parent_segment(history, set(ends), index)
+    for segment in walk(session.tenant, session.identity_id, history, store.cell_tokens):
+        index, after = segment.end, segment.after
         start = covered[after] // store.cell_tokens * store.cell_tokens
-        own = list(_segment(store, session, history, records, profiles, index, after, start))
+        found = (tail_ref(store, session.tenant, records[i].revision_id, forget=False)[0] for i in segment.revisions)
+        tails[index] = [*tails[after], *(ref for ref in found if ref)]
+        own = list(_segment(store, session.tenant, segment, tails[index], profiles, start, history.ends[index]))
         covered[index] = own[-1].end if own else covered[after]
         runs += own
     return runs
 
 
 def _segment(
-    store: Store,
-    session: SessionRecord,
-    history: History,
-    records: list[RevisionRecord],
-    profiles: list[str],
-    index: int,
-    after: int,
-    start: int,
+    store: Store, tenant: str, segment: Segment, tails: list[TailRef], profiles: list[str], start: int, end: int
 ) -> Iterator[Run]:
-    tenant, cell, end = session.tenant, store.cell_tokens, history.ends[index]
-    hashes = prefix_hashes(tenant, session.identity_id, history.ids(index), cell)
-    refs, _ = cell_refs(store, tenant, hashes[start // cell :], forget=False)
+    index, after, cell = segment.end, segment.after, store.cell_tokens
+    refs, _ = cell_refs(store, tenant, segment.hashes[start // cell :], forget=False)
     at = start
     for cell_ref in refs:
         if cell_ref is None:
@@ -94,9 +101,8 @@ def _segment(
             index, after, owner, (at, cell), at, True, _number(profiles, cell_ref.profile_id), cell_ref.raw_bytes
         )
         at += cell
-    tails = [tail_ref(store, tenant, records[i].revision_id, forget=False)[0] for i in history.chain(index)]
     while at < end:  # mostly one; an imported tree has one a segment
-        joined = [ref for ref in tails if ref and ref.start <= at < ref.start + ref.length <= end]
+        joined = [ref for ref in tails if ref.start <= at < ref.start + ref.length <= end]
         if not joined:
             return
         ref = max(joined, key=lambda ref: ref.start + ref.length)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import inspect
@@ -18,6 +17,7 @@ from sessiond.damage import described
 from sessiond.errors import BadRequest, NotImplementedYet, RecordCorrupt, SessiondError
 from sessiond.exporting import Exports
 from sessiond.importing import Imports
+from sessiond.places import ArchivePlaces
 from sessiond.sessions import Sessions
 from sessiond.v1 import sessions_pb2 as pb
 from sessiond.v1 import types_pb2 as types
@@ -25,7 +25,6 @@ from sessiond.v1.sessions_pb2_grpc import SessionsServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-MOST_ARCHIVES = 4  # exports and imports at a time: each keeps a thread and a block of KV
 _UPDATABLE = ("labels", "policy", "ttl", "expire_time")
 
 
@@ -54,9 +53,9 @@ class SessionsService(SessionsServicer):
 
     def __init__(self, sessions: Sessions, conversations: Conversations, principals: Principals) -> None:
         self.sessions = sessions
-        archives = asyncio.Semaphore(MOST_ARCHIVES)
-        self.exports = Exports(sessions, archives)
-        self.imports = Imports(sessions, archives)
+        self.archives = ArchivePlaces(sessions.desk.settings.archive_idle_seconds)
+        self.exports = Exports(sessions, self.archives)
+        self.imports = Imports(sessions, self.archives)
         self.conversations = conversations
         self.tenant = principals.tenant
 
@@ -205,12 +204,17 @@ class SessionsService(SessionsServicer):
             all_revisions=request.all_revisions,
             tokens_only=request.tokens_only,
         ) as export:
-            yield pb.ExportSessionResponse(header=portable.archive_header(export))
+            await self._written(context, pb.ExportSessionResponse(header=portable.archive_header(export)))
             async with contextlib.aclosing(export.chunks()) as chunks:
                 async for chunk in chunks:
-                    yield pb.ExportSessionResponse(chunk=chunk)
+                    await self._written(context, pb.ExportSessionResponse(chunk=chunk))
             trailer = pb.ArchiveTrailer(sha256=export.sha256, total_bytes=export.total_bytes)
-            yield pb.ExportSessionResponse(trailer=trailer)
+        yield pb.ExportSessionResponse(trailer=trailer)  # behind the place: that is free again
+
+    async def _written(self, context: Context, reply: pb.ExportSessionResponse) -> None:
+        """Not yielded, as others are: a generator cannot tell that nobody reads. Raises StreamStalled."""
+        async with self.archives.moving():
+            await context.write(reply)
 
     async def ImportSession(
         self, request_iterator: AsyncIterator[pb.ImportSessionRequest], context: Context

@@ -17,7 +17,7 @@ from sessiond.storage.incoming import Incoming
 MAGIC = b"SnsdArch"
 VERSION = 1
 HASH_BYTES = 32
-MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 64 << 20
 MAX_HEADER_BYTES = 4096
 MAX_BLOB_BYTES = 256 << 20
 

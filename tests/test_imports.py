@@ -28,6 +28,7 @@ LAYERS: list[list[str]] = [
     ["portable"],
     ["importing"],
     ["exporting"],
+    ["places"],
     ["manifest"],
     ["wirein", "wireout", "wireadmin", "metrics"],
     ["conversation", "branching", "keeper", "care"],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sessiond.history import History, Told
-from sessiond.segments import parent_segment, segment_ends
+from sessiond.history import MAX_REVISIONS, MAX_SEGMENTS, History, Told, too_many
+from sessiond.segments import walk
+from sessiond.storage.prefix import prefix_hashes
 
 
 def told(parent: int | None, n: int) -> Told:
@@ -44,8 +45,30 @@ def tree(*parents: int | None, head: int) -> History:
     ],
 )
 def test_segments(history: History, ends: list[int], before: list[int]) -> None:
-    assert segment_ends(history) == ends
-    assert [parent_segment(history, set(ends), end) for end in ends] == before
+    found = list(walk("t", "model", history, 4))
+    assert [segment.end for segment in found] == ends
+    assert [segment.after for segment in found] == before
+    for segment in found:
+        assert segment.hashes == prefix_hashes("t", "model", history.ids(segment.end), 4)
+
+
+def test_a_walk_reads_each_revision_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What made a small archive cost hours: the whole branch again for every segment."""
+    n = 1500
+    parents = [None, *(i // 2 * 2 if i % 2 else i for i in range(n))]
+    history = tree(*(None if p is None else max(0, p - 1) for p in parents), head=0)
+    monkeypatch.setattr(History, "chain", lambda *_: pytest.fail("a branch was walked from its root"))
+    found = list(walk("t", "model", history, 1 << 20))
+    assert sum(len(segment.revisions) for segment in found) == len(history.revisions)
+
+
+def test_a_tree_that_is_too_large_to_carry_says_so() -> None:
+    chain = [None, *range(MAX_REVISIONS - 1)]
+    assert too_many(chain, len(chain) - 1) == ""
+    assert "revisions" in too_many([*chain, 0], 0)
+    star = [None, *[0] * (MAX_SEGMENTS - 1)]
+    assert too_many(star, 0) == ""
+    assert "segments" in too_many([*star, 0], 0)
 
 
 def test_offsets_follow_the_branch() -> None:

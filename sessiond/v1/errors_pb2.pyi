@@ -106,6 +106,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED. A suspended turn stands on the session. Metadata: `request_id`. Come back with that id, or set
     `supersede`.
     """
+    ERROR_REASON_STREAM_STALLED: _ErrorReason.ValueType  # 50
+    """ABORTED. The other side of an export or import neither took nor sent anything for too long. Start again."""
     ERROR_REASON_RESOURCE_EXHAUSTED: _ErrorReason.ValueType  # 37
     """RESOURCE_EXHAUSTED. A limit is reached; retry after the time in RetryInfo. A more precise reason is usual."""
     ERROR_REASON_MEMORY_BUDGET: _ErrorReason.ValueType  # 38
@@ -229,6 +231,8 @@ ERROR_REASON_TURN_SUSPENDED: ErrorReason.ValueType  # 36
 """ABORTED. A suspended turn stands on the session. Metadata: `request_id`. Come back with that id, or set
 `supersede`.
 """
+ERROR_REASON_STREAM_STALLED: ErrorReason.ValueType  # 50
+"""ABORTED. The other side of an export or import neither took nor sent anything for too long. Start again."""
 ERROR_REASON_RESOURCE_EXHAUSTED: ErrorReason.ValueType  # 37
 """RESOURCE_EXHAUSTED. A limit is reached; retry after the time in RetryInfo. A more precise reason is usual."""
 ERROR_REASON_MEMORY_BUDGET: ErrorReason.ValueType  # 38

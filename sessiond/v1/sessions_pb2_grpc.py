@@ -380,6 +380,7 @@ class SessionsServicer:
 
         * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
         * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+        * ABORTED / STREAM_STALLED: nobody read it for too long.
         * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
         still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
         """
@@ -402,6 +403,7 @@ class SessionsServicer:
         differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
         STORE_READ_ONLY.
         * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+        * ABORTED / STREAM_STALLED: nothing came for too long.
         * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -212,6 +212,7 @@ class SessionsStub:
 
     * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
     * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+    * ABORTED / STREAM_STALLED: nobody read it for too long.
     * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
       still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
     """
@@ -230,6 +231,7 @@ class SessionsStub:
       differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
       STORE_READ_ONLY.
     * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+    * ABORTED / STREAM_STALLED: nothing came for too long.
     * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.CountTokensRequest, _sessions_pb2.CountTokensResponse]
@@ -423,6 +425,7 @@ class SessionsAsyncStub(SessionsStub):
 
     * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
     * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+    * ABORTED / STREAM_STALLED: nobody read it for too long.
     * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
       still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
     """
@@ -441,6 +444,7 @@ class SessionsAsyncStub(SessionsStub):
       differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
       STORE_READ_ONLY.
     * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+    * ABORTED / STREAM_STALLED: nothing came for too long.
     * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_sessions_pb2.CountTokensRequest, _sessions_pb2.CountTokensResponse]  # type: ignore[assignment]
@@ -727,6 +731,7 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
 
         * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND.
         * RESOURCE_EXHAUSTED / QUEUE_FULL: too many archives are being written or read.
+        * ABORTED / STREAM_STALLED: nobody read it for too long.
         * DATA_LOSS / RECORD_CORRUPT: a record of the token log is damaged; metadata names the longest branch that is
           still readable (`readable_revision_id`, `readable_tokens`). Damaged key/value state is left out instead.
         """
@@ -751,6 +756,7 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
           differs) and `allow_recompute` is not set or does not help. FORMAT_TOO_NEW: written by a newer version.
           STORE_READ_ONLY.
         * RESOURCE_EXHAUSTED / DISK_FULL, QUOTA. QUEUE_FULL: too many archives are being written or read.
+        * ABORTED / STREAM_STALLED: nothing came for too long.
         * DATA_LOSS / RECORD_CORRUPT: the hash or a block's digest is wrong. Fetch the archive again.
         """
 

@@ -294,7 +294,7 @@ class TestTheContainer:
         at = self.frame(archive)
         frames = [(0, 0, 5), (5000, 0, 5), (10, 1, 5), (10, 0, 1 << 62), (1 << 31, 0, 0)]
         bad = [archive[:at] + struct.pack("<IIQ", *frame) + archive[at + 16 : -32] for frame in frames]
-        for length in (1 << 63, (256 << 20) + 1, 1 << 20, 0):
+        for length in (1 << 63, (64 << 20) + 1, 1 << 20, 0):
             bad.append(archive[:16] + struct.pack("<Q", length) + archive[24:-32])
         for content in bad:
             error = await refusal(other, away, hashed(content))
@@ -452,3 +452,16 @@ async def test_without_its_hash_damage_would_go_unseen(other: Peer, away: Daemon
     assert await refusal(other, away, bytes(bad)) is not None
     monkeypatch.setattr("sessiond.storage.archive.ArchiveReader._verify", lambda self: bytes(32))
     assert await refusal(other, away, bytes(bad)) is None
+
+
+async def test_an_archive_of_too_many_revisions_is_refused_before_any_work(
+    peer: Peer, other: Peer, away: Daemon, archive: bytes, monkeypatch
+):
+    monkeypatch.setattr("sessiond.history.MAX_REVISIONS", 2)
+    error = await refusal(other, away, archive)
+    assert error is not None
+    assert (error.reason, "revisions" in str(error)) == ("BAD_REQUEST", True)
+    session = (await peer.list()).sessions[0].session_id
+    with refused("BAD_REQUEST", StatusCode.INVALID_ARGUMENT) as caught:
+        await export(peer, session, all_revisions=True)
+    assert "without all_revisions" in str(caught.value)

@@ -294,3 +294,20 @@ class TestAForkWithRecompute:
                 await fork(peer, session, recompute=True, **options)
             with refused("BAD_REQUEST", StatusCode.INVALID_ARGUMENT):
                 await fork(peer, session, **options)
+
+
+async def test_an_import_that_comes_again_under_another_model_gets_the_session_it_made(
+    peer: Peer, daemons: Daemons, tmp_path: Path, other_weights: Path
+):
+    archive, _ = await export(peer, await talked(peer, "Hello"))
+    daemon = await daemons.start(data_dir=tmp_path / "away")
+    async with peer_of(daemon.port) as other:
+        made = await import_(other, archive, request_id="import-1")
+    daemon = await daemons.restart(daemon, data_dir=tmp_path / "away", model=str(other_weights))
+    async with peer_of(daemon.port) as other:
+        again = await import_(other, archive, request_id="import-1")
+        assert (again.session.session_id, again.verdict) == (made.session.session_id, made.verdict)
+        with refused("REQUEST_ID_REUSED", StatusCode.INVALID_ARGUMENT):
+            await import_(other, archive, request_id="import-1", labels={"a": "b"})
+        with refused("IDENTITY_MISMATCH", StatusCode.FAILED_PRECONDITION):
+            await import_(other, archive, request_id="import-2")
