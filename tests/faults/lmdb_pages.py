@@ -14,10 +14,10 @@ _NONE = (1 << 64) - 1
 
 
 def live_pages(data: bytes) -> list[int]:
-    """Tree and overflow pages of the main database of the newest meta page, and both meta pages."""
+    """Both meta pages, and of the newest one the list of free pages and the records: tree and overflow pages."""
     meta = max((0, 1), key=lambda page: _txn_id(data, page))
-    root = _DB.unpack_from(data, meta * PAGE + 16 + _META.size + _DB.size)[7]
-    found, todo = [0, 1], [] if root == _NONE else [root]
+    roots = [_DB.unpack_from(data, meta * PAGE + 16 + _META.size + tree * _DB.size)[7] for tree in (0, 1)]
+    found, todo = [0, 1], [root for root in roots if root != _NONE]
     while todo:
         page = todo.pop()
         found.append(page)
