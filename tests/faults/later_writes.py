@@ -8,14 +8,13 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import replace
 
-from script import CELL_TOKENS, TENANT, Script, revision_id
-from truth import Names, Stores
-from workload import CODEC, request_record, revision_record, session_record
+from script import TENANT, Script, revision_id
+from truth import Names, Stores, put_cell
+from workload import request_record, revision_record, session_record
 
 from sessiond.storage import keys
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.kv import KVOwner, encode_kv
-from sessiond.storage.records import CellRef
+from sessiond.storage.kv import KVOwner
 
 SCRIPT = Script(0)
 SESSION = 1_000  # new ones from here on
@@ -55,25 +54,16 @@ def _drop_session(stores: Stores, session: str) -> None:
 
 
 def _add(stores: Stores, session: int) -> None:
-    """A session with a root and a turn, and a cell of it."""
+    """A session with a root and a turn, and a cell."""
     said, root = SCRIPT.said(session, 0), session_record(session)
     name = revision_id(session, 0)
-    cell = b"later %010d" % session
-    arrays = SCRIPT.kv(session, 0, CELL_TOKENS)
-    coded = encode_kv(KVOwner(TENANT, "cell", cell), 0, arrays, codec=CODEC)
-    stores.blocks.write(coded.records).result()
+    put_cell(stores, SCRIPT.seed, session, 16 + 80 * (session % 3))
     batch = LogBatch()
     batch.put_revision(revision_record(SCRIPT, session, -1, None), b"[]")
     batch.append_tokens(TENANT, name, 0, said.ids, said.flags)
     batch.put_revision(revision_record(SCRIPT, session, 0, root.head_revision), said.messages)
     batch.put_session(replace(root, head_revision=name), expect_generation=0)
     batch.put_request(request_record(session, 0, "finished"))
-    batch.put_cell_ref(
-        CellRef(
-            TENANT, cell, 0, 0, CELL_TOKENS, len(coded.records), coded.raw_bytes, coded.coded_bytes, coded.kv_digest,
-            "profile",
-        )
-    )  # fmt: skip
     stores.log.write(batch).result()
 
 

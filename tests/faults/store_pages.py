@@ -1,4 +1,4 @@
-"""A 4 KiB page of a store's files comes back zeroed, torn, as another page, or as it was; or a whole record does.
+"""A page comes back zeroed, torn, as another, as it was, or with a flipped bit in its header; or a whole record does.
 
 After each the store is opened and all of it is read, in a process of its own, which must not end by a signal: LMDB
 trusts its tree pages. Everything must be refused by a typed error or be read exactly as before. A store that opens is
@@ -27,7 +27,8 @@ from truth import Names, Stores, compare, make_store, names_of, open_stores, rea
 from sessiond import errors
 from sessiond.storage import envelope, environment, kv, mapfile, tally
 
-WAYS = ("zeroed", "torn", "swapped", "stale", "moved_record", "stale_record")
+HEADER_BYTES = 16
+WAYS = ("zeroed", "torn", "swapped", "stale", "header", "moved_record", "stale_record")
 
 
 def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
@@ -87,6 +88,13 @@ class Damage:
             file, page = trials.any_page(rng)
             if trials.old_page(file, page) != trials.page(file, page):
                 return Damage(file, [page * PAGE], [trials.old_page(file, page)])
+
+    @staticmethod
+    def header(trials: Trials, rng: random.Random) -> Damage:
+        """One bit flips in a page's header, which no checksum covers: number, kind, bounds, count of pages."""
+        file, page = trials.any_page(rng)
+        at = page * PAGE + rng.randrange(HEADER_BYTES)
+        return Damage(file, [at], [bytes([trials.now[file][at] ^ 1 << rng.randrange(8)])])
 
     @staticmethod
     def moved_record(trials: Trials, rng: random.Random) -> Damage:

@@ -143,3 +143,13 @@ def test_a_large_value_that_says_it_has_more_pages_is_refused_before_it_is_delet
         change(folder, page * PAGE + 12, struct.pack("<I", 3))
     assert found > 0  # those in use
     assert not refused(folder)
+
+
+def test_a_store_of_kv_is_refused_too_when_a_large_value_says_it_has_more_pages(tmp_path):
+    """As `blocks` is opened, which keeps no tally."""
+    folder = tmp_path / "blocks"
+    with contextlib.closing(Environment(str(folder), map_bytes=LOG_MAP)) as env:
+        env.submit([lambda txn: [txn.put(b"%03d" % i, bytes(9000)) for i in range(200)]], 1000).result(10)
+    change(folder, pages(folder, 4)[100] * PAGE + 12, struct.pack("<I", 3 | 16))
+    with pytest.raises(errors.RecordCorrupt, match="not the large value"):
+        Environment(str(folder), map_bytes=LOG_MAP)
