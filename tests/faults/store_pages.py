@@ -5,7 +5,7 @@ trusts its tree pages. Everything must be refused by a typed error or be read ex
 then written to (`later_writes.py`), since damage that no read meets may give pages in use to the next transaction; and
 all is read again, twice: by the same process, and after a reopen. Files: log and blocks.
 
-Negative controls: `no_checksum`, `no_tally`, `no_structure`.
+Negative controls: `no_checksum`, `no_tally`, `no_structure`, `no_page_count`, `no_free_list`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from outcome import Outcome
 from truth import Names, Stores, compare, make_store, names_of, open_stores, read_all
 
 from sessiond import errors
-from sessiond.storage import envelope, environment, kv, mapfile, tally
+from sessiond.storage import envelope, environment, kv, mapfile, structure, tally
 
 HEADER_BYTES = 16
 WAYS = ("zeroed", "torn", "swapped", "stale", "header", "moved_record", "stale_record")
@@ -248,6 +248,10 @@ def switch_off(defence: str) -> None:
         environment.build_tally = lambda *_: None
     elif defence == "no_structure":
         mapfile.check_structure = lambda *_, **__: None  # type: ignore[attr-defined]
+    elif defence == "no_page_count":
+        structure._Walk.check_large = lambda _: None  # type: ignore[method-assign]
+    elif defence == "no_free_list":
+        structure._Walk.claim_free = lambda _: None  # type: ignore[method-assign]
     elif defence:
         raise ValueError(defence)
 
