@@ -59,6 +59,7 @@ class _Walk:
     meta: Meta
     taken: bytearray  # for each page of the file, whether it has its place
     large: list[tuple[int, int]] = field(default_factory=list)  # large values not looked at yet: first page, pages
+    freed_by: int = 0  # the last transaction met that freed pages
     free: list[tuple[int, int]] = field(default_factory=list)  # where lists of free pages stand, and their bytes
 
     def page(self, number: int, depth: int, *, lists_free: bool = False) -> None:
@@ -99,6 +100,10 @@ class _Walk:
             self.large.append((first, count))
             begin = first * self.meta.page_bytes + _PAGE.size
         if lists_free:
+            freed_by = _NUMBER.unpack_from(self.data, at + node + _NODE.size)[0] if n_key == _NUMBER.size else 0
+            if not self.freed_by < freed_by <= self.meta.transaction:  # LMDB ends the process over one to come
+                raise _UnsoundError(f"page {number} lists pages as freed by transaction {freed_by}")
+            self.freed_by = freed_by
             self.free.append((begin, n_data))
 
     def check_large(self) -> None:

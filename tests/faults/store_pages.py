@@ -5,7 +5,7 @@ trusts its tree pages. Everything must be refused by a typed error or be read ex
 then written to (`later_writes.py`), since damage that no read meets may give pages in use to the next transaction; and
 all is read again, twice: by the same process, and after a reopen. Files: log and blocks.
 
-Negative controls: `no_checksum`, `no_tally`, `no_structure`, `no_page_count`, `no_free_list`.
+Negative controls: `no_checksum`, `no_tally`, `no_structure`, `no_page_count`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sessiond import errors
 from sessiond.storage import envelope, environment, kv, mapfile, structure, tally
 
 HEADER_BYTES = 16
-WAYS = ("zeroed", "torn", "swapped", "stale", "header", "moved_record", "stale_record")
+WAYS = ("zeroed", "torn", "swapped", "stale", "header", "free_list", "moved_record", "stale_record")
 
 
 def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
@@ -94,6 +94,15 @@ class Damage:
         """One bit flips in a page's header, which no checksum covers: number, kind, bounds, count of pages."""
         file, page = trials.any_page(rng)
         at = page * PAGE + rng.randrange(HEADER_BYTES)
+        return Damage(file, [at], [bytes([trials.now[file][at] ^ 1 << rng.randrange(8)])])
+
+    @staticmethod
+    def free_list(trials: Trials, rng: random.Random) -> Damage:
+        """One bit flips in the part of a page of the free list that is in use."""
+        file = trials.any_file(rng)
+        page = rng.choice(live_pages(trials.now[file], (0,))[2:])
+        upper = int.from_bytes(trials.page(file, page)[14:16], "little")
+        at = page * PAGE + rng.randrange(upper, PAGE)
         return Damage(file, [at], [bytes([trials.now[file][at] ^ 1 << rng.randrange(8)])])
 
     @staticmethod
@@ -250,8 +259,6 @@ def switch_off(defence: str) -> None:
         mapfile.check_structure = lambda *_, **__: None  # type: ignore[attr-defined]
     elif defence == "no_page_count":
         structure._Walk.check_large = lambda _: None  # type: ignore[method-assign]
-    elif defence == "no_free_list":
-        structure._Walk.claim_free = lambda _: None  # type: ignore[method-assign]
     elif defence:
         raise ValueError(defence)
 
