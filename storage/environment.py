@@ -91,7 +91,7 @@ class Environment:
         self._path = path
         self._reserve_bytes = reserve_bytes
         self.damage: errors.RecordCorrupt | None = None
-        self._map = MapFile(path, map_bytes, hint, large=tallied != "no")  # the tally reads them anyway
+        self._map = MapFile(path, map_bytes, hint)
         try:
             self._tally = self._open_tally(tallied)
         except BaseException:

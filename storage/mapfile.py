@@ -33,8 +33,8 @@ ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
 class MapFile:
     """An open LMDB file in the folder `path`. Thread-safe; must not be used across fork()."""
 
-    def __init__(self, path: str, map_bytes: int, hint: str = "", *, large: bool = True) -> None:
-        """`hint` tells people what to do if the file is damaged; `large`: see `check_structure`.
+    def __init__(self, path: str, map_bytes: int, hint: str = "") -> None:
+        """`hint` tells people what to do if the file is damaged.
 
         Raises DataDirectoryReadOnly, DiskFull, RecordCorrupt or StoreReadOnly if it cannot be opened.
         """
@@ -51,7 +51,7 @@ class MapFile:
                 self._create()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(path, COMPACT_NAME))
-            check_structure(path, hint, large=large)
+            check_structure(path, hint)
             self._allocate_lock_file()
         except OSError as exc:
             raise from_os(exc, f"cannot make {os.path.basename(path)}") from exc

@@ -1,7 +1,8 @@
 """The tree pages of an LMDB 0.9 file, checked without LMDB before it is opened.
 
 LMDB trusts them: a damaged one fails an assertion or is followed out of the file, and ends the process. So every branch
-and leaf page is walked once, some microseconds each plus one for each record; of large values the log's first page.
+and leaf page is walked once, some microseconds each plus one for each record. Of a large value the header of its first
+page is read: LMDB frees as many pages as that says. 3 us each when cached; from a cold disk the reads go side by side.
 The list of free pages is read too: a page in use that it names would be written over by the next transaction.
 """
 
@@ -24,13 +25,11 @@ _NUMBER = struct.Struct("<Q")
 _BRANCH, _LEAF, _OVERFLOW = 1, 2, 4
 _BIG_DATA = 1
 _NO_PAGE = (1 << 64) - 1
+_AT_ONCE = 64  # large values looked at together, so that a cold disk is read with that many requests under way
 
 
-def check_structure(folder: str, hint: str = "", *, large: bool = True) -> None:
-    """Raises RecordCorrupt naming the first page that is no part of a sound tree, with `hint`; and OSError.
-
-    `large`: look at the first page of every large value too, which is a page read for each from a cold disk.
-    """
+def check_structure(folder: str, hint: str = "") -> None:
+    """Raises RecordCorrupt naming the first page that is no part of a sound tree, with `hint`; and OSError."""
     name = os.path.basename(folder)
     with open(os.path.join(folder, "data.mdb"), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -39,10 +38,11 @@ def check_structure(folder: str, hint: str = "", *, large: bool = True) -> None:
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
             try:
                 meta = newest_meta(data)
-                walk = _Walk(data, meta, bytearray(size // meta.page_bytes), large)
+                walk = _Walk(file.fileno(), data, meta, bytearray(size // meta.page_bytes))
                 for tree, (root, depth) in enumerate(meta.trees):
                     if root != _NO_PAGE:
                         walk.page(root, depth, lists_free=tree == 0)
+                walk.check_large()
                 walk.claim_free()
             except _UnsoundError as exc:
                 raise errors.RecordCorrupt(f"{name}: {exc}{hint}", key=name) from exc
@@ -54,10 +54,12 @@ class _UnsoundError(Exception):
 
 @dataclass
 class _Walk:
+    fd: int
     data: mmap.mmap
     meta: Meta
     taken: bytearray  # for each page of the file, whether it has its place
-    large: bool
+    large: list[tuple[int, int]] = field(default_factory=list)  # large values not looked at yet: first page, pages
+    freed_by: int = 0  # the last transaction met that freed pages
     free: list[tuple[int, int]] = field(default_factory=list)  # where lists of free pages stand, and their bytes
 
     def page(self, number: int, depth: int, *, lists_free: bool = False) -> None:
@@ -75,6 +77,8 @@ class _Walk:
             if not upper <= node <= size - _NODE.size:
                 raise _UnsoundError(f"page {number} has a node outside of it")
             self._node(number, at, node, depth, lists_free=lists_free)
+        if len(self.large) >= _AT_ONCE:
+            self.check_large()
 
     def _node(self, number: int, at: int, node: int, depth: int, *, lists_free: bool) -> None:
         low, high, flags, n_key = _NODE.unpack_from(self.data, at + node)
@@ -93,12 +97,24 @@ class _Walk:
             first = _NUMBER.unpack_from(self.data, begin)[0]
             count = -(-(n_data + _PAGE.size) // self.meta.page_bytes)
             self._claim(first, count)
-            said = _LARGE.unpack_from(self.data, first * self.meta.page_bytes) if self.large else ()
-            if said and said != (first, _OVERFLOW, count):  # LMDB frees as many pages as it says
-                raise _UnsoundError(f"page {first} is not the large value that belongs there")
+            self.large.append((first, count))
             begin = first * self.meta.page_bytes + _PAGE.size
         if lists_free:
+            freed_by = _NUMBER.unpack_from(self.data, at + node + _NODE.size)[0] if n_key == _NUMBER.size else 0
+            if not self.freed_by < freed_by <= self.meta.transaction:  # LMDB ends the process over one to come
+                raise _UnsoundError(f"page {number} lists pages as freed by transaction {freed_by}")
+            self.freed_by = freed_by
             self.free.append((begin, n_data))
+
+    def check_large(self) -> None:
+        """The large values met since the last call say the number and the count of their pages."""
+        size = self.meta.page_bytes
+        for first, _ in self.large if hasattr(os, "posix_fadvise") else ():  # macOS has none, and reads one by one
+            os.posix_fadvise(self.fd, first * size, _LARGE.size, os.POSIX_FADV_WILLNEED)
+        for first, count in self.large:  # not through the map, where each fault reads what lies around it too
+            if _LARGE.unpack(os.pread(self.fd, _LARGE.size, first * size)) != (first, _OVERFLOW, count):
+                raise _UnsoundError(f"page {first} is not the large value that belongs there")
+        self.large.clear()
 
     def claim_free(self) -> None:
         """Free pages have no other place: each is listed once, and no tree holds it."""

@@ -13,11 +13,14 @@ _BRANCH, _LEAF, _BIG = 1, 2, 1
 _NONE = (1 << 64) - 1
 
 
-def live_pages(data: bytes) -> list[int]:
-    """Tree and overflow pages of the main database of the newest meta page, and both meta pages."""
+def live_pages(data: bytes, trees: tuple[int, ...] = (0, 1)) -> list[int]:
+    """Both meta pages, and of the newest one the list of free pages and the records: tree and overflow pages.
+
+    `trees`: 0 is the list of free pages, 1 the records.
+    """
     meta = max((0, 1), key=lambda page: _txn_id(data, page))
-    root = _DB.unpack_from(data, meta * PAGE + 16 + _META.size + _DB.size)[7]
-    found, todo = [0, 1], [] if root == _NONE else [root]
+    roots = [_DB.unpack_from(data, meta * PAGE + 16 + _META.size + tree * _DB.size)[7] for tree in trees]
+    found, todo = [0, 1], [root for root in roots if root != _NONE]
     while todo:
         page = todo.pop()
         found.append(page)

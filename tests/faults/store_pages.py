@@ -1,9 +1,11 @@
-"""A 4 KiB page of a store's files comes back zeroed, torn, as another page, or as it was; or a whole record does.
+"""A page comes back zeroed, torn, as another, as it was, or with a flipped bit in its header; or a whole record does.
 
 After each the store is opened and all of it is read, in a process of its own, which must not end by a signal: LMDB
-trusts its tree pages. Everything must be refused by a typed error or be read exactly as before. Files: log and blocks.
+trusts its tree pages. Everything must be refused by a typed error or be read exactly as before. A store that opens is
+then written to (`later_writes.py`), since damage that no read meets may give pages in use to the next transaction; and
+all is read again, twice: by the same process, and after a reopen. Files: log and blocks.
 
-Negative controls: `no_checksum`, `no_tally`, `no_structure`.
+Negative controls: `no_checksum`, `no_tally`, `no_structure`, `no_page_count`.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import child
 import lmdb
+from later_writes import write_later
 from lmdb_pages import PAGE, live_pages
 from outcome import Outcome
-from truth import compare, make_store, names_of, open_stores, read_all
+from truth import Names, Stores, compare, make_store, names_of, open_stores, read_all
 
 from sessiond import errors
-from sessiond.storage import envelope, environment, kv, mapfile, tally
+from sessiond.storage import envelope, environment, kv, mapfile, structure, tally
 
-WAYS = ("zeroed", "torn", "swapped", "stale", "moved_record", "stale_record")
+HEADER_BYTES = 16
+WAYS = ("zeroed", "torn", "swapped", "stale", "header", "free_list", "moved_record", "stale_record")
 
 
 def run(count: int, seed: int, scratch: Path, variant: str = "") -> Outcome:
@@ -85,6 +90,22 @@ class Damage:
                 return Damage(file, [page * PAGE], [trials.old_page(file, page)])
 
     @staticmethod
+    def header(trials: Trials, rng: random.Random) -> Damage:
+        """One bit flips in a page's header, which no checksum covers: number, kind, bounds, count of pages."""
+        file, page = trials.any_page(rng)
+        at = page * PAGE + rng.randrange(HEADER_BYTES)
+        return Damage(file, [at], [bytes([trials.now[file][at] ^ 1 << rng.randrange(8)])])
+
+    @staticmethod
+    def free_list(trials: Trials, rng: random.Random) -> Damage:
+        """One bit flips in the part of a page of the free list that is in use."""
+        file = trials.any_file(rng)
+        page = rng.choice(live_pages(trials.now[file], (0,))[2:])
+        upper = int.from_bytes(trials.page(file, page)[14:16], "little")
+        at = page * PAGE + rng.randrange(upper, PAGE)
+        return Damage(file, [at], [bytes([trials.now[file][at] ^ 1 << rng.randrange(8)])])
+
+    @staticmethod
     def moved_record(trials: Trials, rng: random.Random) -> Damage:
         """A record's bytes stand where another of the same length and file stood."""
         file = trials.any_file(rng)
@@ -118,13 +139,13 @@ class Trials:
         self.names = names_of(stores)
         self.truth = read_all(stores, self.names)
         stores.close()  # before anything is forked
+        self.names_after, self.truth_after = self._write_undamaged()
+        self._restore()
 
     def run(self, damage: Damage, name: str) -> None:
         self._put(damage.file, damage.at, damage.data)
         code, said = child.ask(self._read, 30)
-        undamaged = self.now[damage.file]
-        pieces = zip(damage.at, damage.data, strict=True)
-        self._put(damage.file, damage.at, [undamaged[at : at + len(data)] for at, data in pieces])
+        self._restore()
         if code != 0:
             self.counts["crashed"] += code < 0
             self.failures.append(f"{name}: no typed error, exit code {code}")
@@ -178,14 +199,53 @@ class Trials:
                 opened.seek(place)
                 opened.write(piece)
 
+    def _restore(self) -> None:
+        """What was written after the damage goes with it."""
+        for file, data in self.now.items():
+            with (self.data / file / "data.mdb").open("r+b") as opened:
+                opened.write(data)
+                opened.truncate()
+
+    def _write_undamaged(self) -> tuple[Names, dict[str, Any]]:
+        stores = open_stores(self.data)
+        write_later(stores, self.names)
+        stores.close()
+        stores = open_stores(self.data)
+        names = names_of(stores)
+        truth = read_all(stores, names)
+        stores.close()  # before anything is forked
+        return names, truth
+
     def _read(self) -> str:
+        """A verdict, and what was silently wrong, as JSON."""
         switch_off(self.variant)
         try:
             stores = open_stores(self.data)
         except errors.SessiondError:
             return json.dumps(("refused_at_open", []))
         refused, wrong = compare(stores, self.names, self.truth)
-        return json.dumps(("refused_at_read" if refused else "harmless", wrong))
+        if wrong:
+            return json.dumps(("wrong", wrong))
+        verdict = "refused_at_read" if refused else "harmless"
+        names, truth = self.names_after, self.truth_after
+        try:
+            write_later(stores, self.names)
+        except errors.SessiondError:
+            verdict = "refused_at_write"  # so how far it came is not known: only what it does not touch is compared
+            truth = {what: found for what, found in self.truth.items() if truth.get(what) == found}
+            names = self.names
+        wrong = self._wrong_after(stores, names, truth, "after writes")
+        stores.close()
+        if not wrong:
+            try:
+                stores = open_stores(self.data)
+            except errors.SessiondError:
+                return json.dumps(("refused_at_reopen", []))
+            wrong = self._wrong_after(stores, names, truth, "after a reopen")
+        return json.dumps((verdict, wrong))
+
+    def _wrong_after(self, stores: Stores, names: Names, truth: dict[str, Any], when: str) -> list[str]:
+        return [f"{what} {when}" for what in compare(stores, names, truth)[1]]
 
 
 def switch_off(defence: str) -> None:
@@ -197,6 +257,8 @@ def switch_off(defence: str) -> None:
         environment.build_tally = lambda *_: None
     elif defence == "no_structure":
         mapfile.check_structure = lambda *_, **__: None  # type: ignore[attr-defined]
+    elif defence == "no_page_count":
+        structure._Walk.check_large = lambda _: None  # type: ignore[method-assign]
     elif defence:
         raise ValueError(defence)
 

@@ -94,3 +94,7 @@ def test_without_a_tally_stale_pages_go_unnoticed(run_control):
 
 def test_without_a_look_at_tree_pages_damaged_ones_end_the_process(run_control):
     run_control("store_pages", "no_structure", 120, shows=lambda outcome: outcome.counts["crashed"] > 0)
+
+
+def test_without_the_page_count_of_large_values_later_writes_break_the_store(run_control):
+    run_control("store_pages", "no_page_count", 500)

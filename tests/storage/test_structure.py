@@ -143,3 +143,23 @@ def test_a_large_value_that_says_it_has_more_pages_is_refused_before_it_is_delet
         change(folder, page * PAGE + 12, struct.pack("<I", 3))
     assert found > 0  # those in use
     assert not refused(folder)
+
+
+def test_a_store_of_kv_is_refused_too_when_a_large_value_says_it_has_more_pages(tmp_path):
+    """As `blocks` is opened, which keeps no tally."""
+    folder = tmp_path / "blocks"
+    with contextlib.closing(Environment(str(folder), map_bytes=LOG_MAP)) as env:
+        env.submit([lambda txn: [txn.put(b"%03d" % i, bytes(9000)) for i in range(200)]], 1000).result(10)
+    change(folder, pages(folder, 4)[100] * PAGE + 12, struct.pack("<I", 3 | 16))
+    with pytest.raises(errors.RecordCorrupt, match="not the large value"):
+        Environment(str(folder), map_bytes=LOG_MAP)
+
+
+def test_pages_freed_by_a_transaction_to_come_are_refused_before_lmdb_ends_the_process(folder):
+    (at, _), *_ = free_lists(folder)
+    freed_by = struct.unpack_from("<Q", (folder / "data.mdb").read_bytes(), at - 8)[0]
+    for wrong in (0, 1 << 20, 1 << 63):
+        change(folder, at - 8, struct.pack("<Q", wrong))
+        assert refused(folder), wrong
+    change(folder, at - 8, struct.pack("<Q", freed_by))
+    assert not refused(folder)
