@@ -27,6 +27,7 @@ from sessiond.exporting import Exports
 from sessiond.importing import Imports
 from sessiond.keeper import Keeper
 from sessiond.model import load_tokenizer
+from sessiond.places import ArchivePlaces
 from sessiond.scheduler import Event
 from sessiond.sessions import Sessions
 from sessiond.storage.batch import LogBatch
@@ -77,7 +78,7 @@ class FakeDaemon:
         self.conversations = Conversations(self.desk, self.sessions)
         self.keeper = Keeper(self.desk, self.sessions)
         self.care = Care(self.desk, self.sessions)
-        places = asyncio.Semaphore(1)
+        places = ArchivePlaces(idle_seconds=60.0)
         self.exports = Exports(self.sessions, places)
         self.imports = Imports(self.sessions, places)
         return self
