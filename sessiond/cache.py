@@ -70,10 +70,10 @@ class SessionCache:
         """Bytes of memory that the tokens held now occupy."""
         return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token
 
-    def use_huge_pages(self, length: int) -> None:
-        """Take memory in huge pages if `length` tokens use at least half of what is reserved: it then counts whole."""
+    def use_huge_pages(self) -> None:
+        """Take memory in huge pages: what is reserved then counts whole."""
         option = getattr(mmap, "MADV_HUGEPAGE", None)
-        if option is None or 2 * length < self.capacity:
+        if option is None:
             return
         with contextlib.suppress(OSError):  # a hint: without it, pages are small
             self._memory.madvise(option)

@@ -11,6 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from sessiond.cache import SessionCache
 from sessiond.types import KVShape
 
+# Share of the capacity from which on a session counts as long: it gets memory in huge pages, for its whole capacity.
+LONG = 3 / 8
+REFILL_SECONDS = 1.0
+
 
 class CacheMemory:
     """Makes caches of `capacity` positions, and keeps at most one long session's memory as a spare. Thread-safe.
@@ -26,6 +30,7 @@ class CacheMemory:
         self._spare: SessionCache | None = None
         self._spare_allowed = False
         self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def map_spare(self, spare_bytes: int) -> None:
         """Map memory for one long session ahead, if it takes at most `spare_bytes`."""
@@ -34,12 +39,39 @@ class CacheMemory:
             self._spare = self._map(self.capacity)
 
     def take(self, length: int) -> SessionCache:
-        """Memory for a session of `length` tokens: a long one gets the spare, if it is there."""
-        if 2 * length < self.capacity:
+        """Memory for a session of `length` tokens: a long one gets the spare, if it is there, and another is mapped."""
+        if not self.is_long(length):
             return SessionCache(self.shape, self.capacity)
         with self._lock:
             spare, self._spare = self._spare, None
-        return spare or self._map(length)
+        if spare is None:
+            return self._map(length)
+        threading.Thread(target=self._refill, name="spare", daemon=True).start()
+        return spare
+
+    def is_long(self, length: int) -> bool:
+        return length >= LONG * self.capacity
+
+    def close(self) -> None:
+        """Map no more spares, and drop the one that is there."""
+        self._spare_allowed = False
+        self._closed.set()
+        with self._lock:
+            self._spare = None
+
+    def _refill(self) -> None:
+        """Map a spare once the session that took the last one has its first token: it needs the cores now."""
+        if self._closed.wait(REFILL_SECONDS):
+            return
+        spare = SessionCache(self.shape, self.capacity)
+        spare.use_huge_pages()
+        for layer in range(self.shape.n_layers):  # in this thread, layer by layer: nobody waits for it
+            if self._closed.is_set():
+                return
+            spare.populate(range(layer, layer + 1), self.capacity)
+        with self._lock:
+            if self._spare is None and self._spare_allowed:
+                self._spare = spare
 
     def give_back(self, cache: SessionCache) -> None:
         """Keep a long session's memory as the spare, cleared, unless there is one. Nobody else may hold the cache."""
@@ -52,7 +84,7 @@ class CacheMemory:
 
     def _map(self, length: int) -> SessionCache:
         cache = SessionCache(self.shape, self.capacity)
-        cache.use_huge_pages(length)
+        cache.use_huge_pages()
         n, parts = self.shape.n_layers, self._workers
         stripes = [range(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
         list(self._pool.map(lambda layers: cache.populate(layers, length), stripes))

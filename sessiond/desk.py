@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+FEW_CELLS = 4  # coded at a time behind a turn: some 30 ms of both cores
+
 T = TypeVar("T")
 Key = tuple[str, str]
 
@@ -216,7 +218,7 @@ class Desk:
         """
         live.reserved = 0
         capacity = self.tiers.capacity
-        whole = live.cache is None and 2 * held >= capacity  # in huge pages
+        whole = live.cache is None and self.tiers.memory.is_long(held)  # in huge pages
         wanted = (capacity if whole else min(tokens, capacity)) * self.tiers.shape.bytes_per_token
         needed = max(0, wanted - self._bytes_held(live))
         await self._push_out(needed)
@@ -291,7 +293,7 @@ class Desk:
             record = self.store.log.session(live.tenant, live.session_id)
             if record.seal and self.settings.seal and live.cache:
                 await self._seal(live)
-            await self.persist(live)
+            await self.persist(live, gently=True)
         except DiskFull as error:
             live.unsaved = True  # the keeper tries again when there is space
             log.warning("KV waits for disk space", session=live.session_id, error=error.message)
@@ -315,12 +317,17 @@ class Desk:
             self._sealed.pop(owner, None)
             self.engine.cancel_seal(owner)
 
-    async def persist(self, live: Live) -> int:
-        """Make all KV of the head durable. Returns bytes written."""
+    async def persist(self, live: Live, *, gently: bool = False) -> int:
+        """Make all KV of the head durable; `gently`: a few cells at a time, between turns. Returns bytes written."""
         cache, head, ids = live.cache, live.head, live.ids
         if cache is None:
             return 0
-        written = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving)
+        written = 0
+        while gently:
+            await self._between_turns()
+            few = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving, FEW_CELLS)
+            written, gently = written + few, few > 0
+        written += await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving)
 
         def snapshot() -> tuple[int, int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
             whole = len(ids) // self.store.cell_tokens * self.store.cell_tokens
@@ -333,6 +340,13 @@ class Desk:
         if live.head == head:
             live.persisted = start + (arrays[0][0].shape[1] if arrays else 0)
         return written
+
+    async def _between_turns(self) -> None:
+        """Wait until no turn runs; where there is always one, for a while."""
+        for _ in range(20):
+            if not self.turns:
+                return
+            await asyncio.sleep(0.05)
 
     async def _save(self, live: Live, function: Callable[..., int], *args: Any) -> int:
         """Run a pool's work on a session's cache. Cancelling the caller leaves it running; `unsettle` waits for it."""

@@ -42,6 +42,7 @@ class Tiers:
         self._writing_tail = [threading.Lock() for _ in range(16)]
 
     def close(self) -> None:
+        self.memory.close()
         self._codecs.shutdown()
 
     def restore(
@@ -68,19 +69,23 @@ class Tiers:
         list(self._codecs.map(lambda _: encode_kv(owner, 0, probe, codec=self._codec), range(2 * self._workers)))
         self.memory.map_spare(spare_bytes)
 
-    def persist_cells(self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event) -> int:
+    def persist_cells(
+        self, tenant: str, ids: Ids, cache: SessionCache, stop: threading.Event, most: int | None = None
+    ) -> int:
         """Make sealed cells of the history `ids` durable, those that are not on disk yet, until `stop` is set.
 
-        A suspended turn's cache reaches beyond the history. Returns bytes written.
+        At most `most` of them, if given. A suspended turn's cache reaches beyond the history. Returns bytes written.
         """
         last = min(cache.sealed, len(ids)) // self.cell_tokens
         hashes = prefix_hashes(tenant, self.identity_id, ids[: last * self.cell_tokens], self.cell_tokens)
         with self.store.inflight.hold(KVOwner(tenant, "cell", prefix_hash).name for prefix_hash in hashes):
-            return self._write_unknown(tenant, hashes, cache, stop)
+            return self._write_unknown(tenant, hashes, cache, stop, most)
 
-    def _write_unknown(self, tenant: str, hashes: Sequence[bytes], cache: SessionCache, stop: threading.Event) -> int:
+    def _write_unknown(
+        self, tenant: str, hashes: Sequence[bytes], cache: SessionCache, stop: threading.Event, most: int | None
+    ) -> int:
         known, _ = cell_refs(self.store, tenant, hashes)
-        todo = [cell for cell in range(len(hashes)) if known[cell] is None]
+        todo = [cell for cell in range(len(hashes)) if known[cell] is None][:most]
         written = 0
         for batch in _chunks(todo, 2 * self._workers):
             if stop.is_set():
