@@ -4,7 +4,7 @@ Everything goes through `sessiond serve` and gRPC:
 
     fork      of a session of some 8,000 tokens, hot: time of the RPC; bytes of KV that came to be, in memory or on disk
     edit      its last user message is replaced: rollback and a new turn, hot and after SIGKILL; tokens computed beyond
-              the new message
+              the new message and the last token of the answer before it, which had only been sampled
     prefix    a second session that begins with the same document of 4,000 tokens, while the first is in memory (live)
               and after SIGKILL (restart): time to first token against the first session's, which computes everything
     log       log_cost.py: tokens per second of two daemons in turn, one of which writes no token before it streams it
@@ -73,7 +73,8 @@ def edit(session: Session, found: Found) -> list[int]:
     session.rollback(last.parent_revision_id)
     n_message = int(session.count_tokens(THIRD_QUESTION, add_generation_prompt=True).tokens)
     turn = run_turn(session, THIRD_QUESTION, max_tokens=MAX_TOKENS)
-    found.edit_recomputed.append(max(0, turn.computed - n_message) + turn.recomputed)
+    # The answer before it: its last token was sampled and never fed, so whoever goes on from there computes it first.
+    found.edit_recomputed.append(max(0, turn.computed - n_message - 1) + turn.recomputed)
     found.edit_ttft_ms.append(turn.ttft_ms)
     return turn.token_ids
 
