@@ -13,7 +13,7 @@ from torch import Tensor
 from sessiond.kernels.native_library import AVX512_BF16, lib
 
 # Up to so many new tokens the compiled kernel is the faster one.
-MOST_TOKENS = 32
+MOST_TOKENS = 64
 # Up to so many scores all head groups are masked and normalized in one call; beyond, one group stays in cache better.
 SMALL_SCORES = 1 << 18
 

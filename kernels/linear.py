@@ -12,7 +12,7 @@ from torch import Tensor
 from sessiond.kernels.native_library import AVX512_BF16, lib
 
 # From so many rows on torch's blocked product is faster.
-MOST_ROWS = 32
+MOST_ROWS = 64
 STEP = 32  # inputs a step: n_in must be a multiple
 
 
