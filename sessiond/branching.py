@@ -8,16 +8,16 @@ from dataclasses import replace
 
 from sessiond.branch import computed_upto
 from sessiond.desk import Desk
-from sessiond.errors import BadRequest, RequestIdReused, SessionExists, SessionNotFound
+from sessiond.errors import BadRequest, RequestIdReused, SessionExists
 from sessiond.history import read_history
 from sessiond.live import Live, touched
-from sessiond.newsession import session_id_of
+from sessiond.newsession import fresh_record, made_before, session_id_of
 from sessiond.policies import registry
 from sessiond.retelling import retold_session
 from sessiond.sessions import Sessions, check_etag, refuse_busy
 from sessiond.sharing import common_tokens
 from sessiond.storage.batch import LogBatch
-from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecord
+from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.tree import find_revision
 from sessiond.turnlog import close_request
 from sessiond.views import Fork, NewSession, Rollback, SessionView, session_view
@@ -37,21 +37,26 @@ async def fork(sessions: Sessions, tenant: str, asked: Fork) -> SessionView:
     if asked.policy is not None:
         registry.parse(*asked.policy)
     fork_id = session_id_of(tenant, asked.request_id)
-    if asked.request_id and (made := _made_before(sessions, tenant, fork_id, asked)):
+    if made := made_before(log, tenant, asked.request_id, asked.digest):
         return session_view(desk, made)
     source = sessions.record(tenant, asked.session_id)
     if asked.recompute:
         return await _fork_recomputed(sessions, source, fork_id, asked)
     sessions.refuse_foreign(source)
     head = find_revision(log, source, asked.revision_id or source.head_revision)
-    record = _forked(source, head, fork_id, asked, desk.now_us())
+    record = fresh_record(
+        tenant, fork_id, asked, desk.now_us(), head=head.revision_id, root=source.root_revision,
+        model=source.model, adapter=source.adapter, identity_id=source.identity_id, seal=source.seal,
+        policy=source.policy, extra={"fork_point": head.revision_id},
+    )  # fmt: skip
     batch = LogBatch()
     batch.pin_revision(tenant, head.revision_id, fork_id)  # fails if a purge has just taken it away
     batch.put_session(record, expect_generation=0)
     try:
         await asyncio.wrap_future(log.write(batch))
     except SessionExists:  # the same request, at the same time
-        return session_view(desk, _made_before(sessions, tenant, fork_id, asked) or log.session(tenant, fork_id))
+        made = made_before(log, tenant, asked.request_id, asked.digest)
+        return session_view(desk, made or log.session(tenant, fork_id))
     desk.index(record)
     return session_view(desk, record)
 
@@ -78,46 +83,10 @@ async def _fork_recomputed(sessions: Sessions, source: SessionRecord, fork_id: s
     try:
         await asyncio.wrap_future(log.write(batch))
     except SessionExists:  # the same request, at the same time
-        made = _made_before(sessions, source.tenant, fork_id, asked)
+        made = made_before(log, source.tenant, asked.request_id, asked.digest)
         return session_view(desk, made or log.session(source.tenant, fork_id))
     desk.index(record)
     return session_view(desk, record)
-
-
-def _made_before(sessions: Sessions, tenant: str, fork_id: str, asked: Fork) -> SessionRecord | None:
-    """What the same request has made. Raises RequestIdReused if another request made it."""
-    try:
-        record = sessions.desk.store.log.session(tenant, fork_id)
-    except SessionNotFound:
-        return None
-    if record.extra.get("digest") != asked.digest:
-        raise RequestIdReused(f"request_id {asked.request_id} made another session", request_id=asked.request_id)
-    return record
-
-
-def _forked(source: SessionRecord, head: RevisionRecord, fork_id: str, asked: Fork, now: int) -> SessionRecord:
-    return SessionRecord(
-        tenant=source.tenant,
-        session_id=fork_id,
-        head_revision=head.revision_id,
-        root_revision=source.root_revision,
-        model=source.model,
-        adapter=source.adapter,
-        identity_id=source.identity_id,
-        policy=source.policy if asked.policy is None else {"name": asked.policy[0], "knobs": asked.policy[1]},
-        labels=asked.labels,
-        created_us=now,
-        updated_us=now,
-        last_used_us=now,
-        ttl_us=asked.ttl_us,
-        expire_us=now + asked.ttl_us if asked.ttl_us is not None else asked.expire_us,
-        deleted_us=None,
-        purge_us=None,
-        generation=1,
-        create_request_id=asked.request_id,
-        seal=source.seal,
-        extra={"digest": asked.digest, "fork_point": head.revision_id},
-    )
 
 
 async def rollback(sessions: Sessions, tenant: str, asked: Rollback) -> SessionView:

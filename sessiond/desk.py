@@ -322,12 +322,14 @@ class Desk:
         cache, head, ids = live.cache, live.head, live.ids
         if cache is None:
             return 0
-        written = 0
-        while gently:
-            await self._between_turns()
-            few = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving, FEW_CELLS)
-            written, gently = written + few, few > 0
-        written += await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving)
+        written, most = 0, FEW_CELLS if gently else None
+        while True:
+            if gently:
+                await self._between_turns()
+            saved = await self._save(live, self.tiers.persist_cells, live.tenant, ids, cache, live.stop_saving, most)
+            written += saved
+            if not gently or not saved:
+                break
 
         def snapshot() -> tuple[int, int, list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]]:
             whole = len(ids) // self.store.cell_tokens * self.store.cell_tokens

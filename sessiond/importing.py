@@ -12,12 +12,12 @@ import structlog
 from blake3 import blake3
 
 from sessiond.desk import Desk
-from sessiond.errors import BadRequest, IdentityMismatch, RequestIdReused, SessionExists, SessionNotFound
+from sessiond.errors import BadRequest, IdentityMismatch, SessionExists
 from sessiond.foreignkv import ForeignKV, TailWriter, check_blocks
 from sessiond.history import History
 from sessiond.manifest import Manifest, decode_manifest
 from sessiond.modelidentity import differing_fields, profile_id
-from sessiond.newsession import session_id_of
+from sessiond.newsession import made_before
 from sessiond.places import ArchivePlaces
 from sessiond.policies import registry
 from sessiond.retelling import TOKENIZER, retell, untellable
@@ -110,7 +110,7 @@ class Imports:
         reader = ArchiveReader(file)
         digest = blake3(asked.digest.encode() + reader.digest).hexdigest(16)
         # Before anything is judged: what the request made stays its answer, whatever model is served by now.
-        known = None if asked.dry_run else _known(desk, tenant, asked.request_id, digest)
+        known = None if asked.dry_run else made_before(desk.store.log, tenant, asked.request_id, digest)
         if known is not None:
             return known, _as_told(known)
         manifest = decode_manifest(reader.manifest)
@@ -155,7 +155,7 @@ class Imports:
                 desk.store.log.write(batch).result()
             except SessionExists:  # the same request, at the same time
                 writer.remove()
-                known = _known(desk, tenant, asked.request_id, digest)
+                known = made_before(desk.store.log, tenant, asked.request_id, digest)
                 assert known is not None, "only a request_id makes a session's id collide"
                 return known
             except BaseException:
@@ -195,19 +195,6 @@ def _judge(
     raise IdentityMismatch(
         f"the archive belongs to another model; {', '.join(fields)} differ; {help_}", field=",".join(fields)
     )
-
-
-def _known(desk: Desk, tenant: str, request_id: str, digest: str) -> SessionRecord | None:
-    """The session that this request made before. Raises RequestIdReused."""
-    if not request_id:
-        return None
-    try:
-        record = desk.store.log.session(tenant, session_id_of(tenant, request_id))
-    except SessionNotFound:
-        return None
-    if record.extra.get("digest") != digest:
-        raise RequestIdReused(f"request_id {request_id} made another session", request_id=request_id)
-    return record
 
 
 def _as_told(record: SessionRecord) -> Imported:

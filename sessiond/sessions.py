@@ -24,7 +24,6 @@ from sessiond.errors import (
     ModelMissing,
     NotDeleted,
     RecordCorrupt,
-    RequestIdReused,
     RevisionNotFound,
     SessionBusy,
     SessionDeleted,
@@ -35,7 +34,7 @@ from sessiond.lifecycle import Event as Change
 from sessiond.lifecycle import State
 from sessiond.live import Live
 from sessiond.modelidentity import differing_fields
-from sessiond.newsession import begin_session
+from sessiond.newsession import begin_session, made_before
 from sessiond.paging import format_page_token, page_length, parse_page_token
 from sessiond.policies import registry
 from sessiond.restoring import Restoration
@@ -74,11 +73,8 @@ class Sessions:
         try:
             await asyncio.wrap_future(desk.store.log.write(batch))
         except SessionExists:
-            record = desk.store.log.session(tenant, record.session_id)
-            if record.extra.get("digest") != new.digest:
-                raise RequestIdReused(
-                    f"request_id {new.request_id} made another session", request_id=new.request_id
-                ) from None
+            made = made_before(desk.store.log, tenant, new.request_id, new.digest)
+            record = made or desk.store.log.session(tenant, record.session_id)
         desk.index(record)
         return session_view(desk, record)
 

@@ -12,7 +12,7 @@ from sessiond.desk import Desk
 from sessiond.errors import BadTokens, ContextTooLong
 from sessiond.history import History
 from sessiond.messages import encode_messages
-from sessiond.newsession import session_id_of
+from sessiond.newsession import fresh_record, session_id_of
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.records import RevisionRecord, SessionRecord
 from sessiond.views import NewSession
@@ -82,27 +82,9 @@ def transplant(
         if len(told.ids):
             batch.append_tokens(tenant, names[index], 0, told.ids, told.flags.astype(np.uint8))
         batch.put_revision(record, encode_messages(told.asked, told.said))
-    session = SessionRecord(
-        tenant=tenant,
-        session_id=session_id,
-        head_revision=names[history.head],
-        root_revision=names[0],
-        model=model_name,
-        adapter="",
-        identity_id=desk.identity_id,
-        policy={"name": new.policy[0], "knobs": new.policy[1]},
-        labels=new.labels,
-        created_us=now,
-        updated_us=now,
-        last_used_us=now,
-        ttl_us=new.ttl_us,
-        expire_us=now + new.ttl_us if new.ttl_us is not None else new.expire_us,
-        deleted_us=None,
-        purge_us=None,
-        generation=1,
-        create_request_id=new.request_id,
-        seal=desk.settings.seal,
-        extra={"digest": new.digest, **extra},
-    )
+    session = fresh_record(
+        tenant, session_id, new, now, head=names[history.head], root=names[0],
+        model=model_name, adapter="", identity_id=desk.identity_id, seal=desk.settings.seal, extra={**extra},
+    )  # fmt: skip
     batch.put_session(session, expect_generation=0)
     return session, revisions, batch
