@@ -1,9 +1,9 @@
 """Giving free pages back: LMDB files never shrink, so a copy without them takes the file's place.
 
-    copy -> fsync -> readers leave -> close -> rename -> fsync of the folder -> open -> readers come back
+    copy -> fsync -> open the copy -> readers leave -> rename -> readers come back -> fsync of the folder
 
 A death before the rename leaves the old file and a copy that the next open removes; after it, the new one. The writer
-does all this itself, so nothing is written meanwhile; readers wait for the part between close and open only.
+does all this itself, so nothing is written meanwhile; readers wait for the rename only.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class FolderNotSyncedError(Exception):
 def compact_file(file: MapFile, reserve_bytes: int) -> None:
     """Replace the file by a compact copy. On the writer's thread, between two transactions.
 
-    Raises DiskFull, before anything is written, if the copy would leave less than `reserve_bytes` free. What else is
-    raised leaves the old file in use; FolderNotSyncedError the new one.
+    Raises DiskFull, before anything is written, if the copy would leave less than `reserve_bytes` free; DiskFull,
+    DataDirectoryReadOnly or RecordCorrupt if there can be none. These leave the old file in use and writable;
+    FolderNotSyncedError the new one.
     """
     copy = os.path.join(file.path, COMPACT_NAME)
     wanted = _copy_bytes(file)
@@ -39,11 +40,16 @@ def compact_file(file: MapFile, reserve_bytes: int) -> None:
         raise errors.DiskFull(why, retry_after=_RETRY_SECONDS, wanted_bytes=wanted, free_bytes=free)
     try:
         _write_copy(file, copy)
-        file.reopen(lambda: _replace(copy, file.path))
-    except BaseException:
+        file.take_copy()
+    except errors.StoreReadOnly as exc:  # a second file failed, which says nothing about the one in use
+        raise errors.DataDirectoryReadOnly(f"{exc.message}; the store goes on with the file it has") from exc
+    finally:
         with contextlib.suppress(OSError):
-            os.unlink(copy)
-        raise
+            file.remove_copy()
+    try:
+        sync_folder(file.path)
+    except OSError as exc:
+        raise FolderNotSyncedError(str(exc)) from exc
 
 
 def _copy_bytes(file: MapFile) -> int:
@@ -68,14 +74,3 @@ def _write_copy(file: MapFile, copy: str) -> None:
         raise from_lmdb(exc, "cannot write a compact copy") from exc
     except OSError as exc:
         raise from_os(exc, "cannot write a compact copy") from exc
-
-
-def _replace(copy: str, folder: str) -> None:
-    try:
-        os.replace(copy, os.path.join(folder, "data.mdb"))
-    except OSError as exc:
-        raise from_os(exc, "cannot replace the file by its compact copy") from exc
-    try:
-        sync_folder(folder)
-    except OSError as exc:
-        raise FolderNotSyncedError(str(exc)) from exc

@@ -23,6 +23,7 @@ LIB_VERSION = 0  # LMDB 0.9: docs/decisions/0001-lmdb-version.md
 MAX_READERS = 1024
 COMPACT_NAME = "compact.mdb"  # a copy being made (compaction.py); one that is found at open was not finished
 REOPEN_SECONDS = 10.0  # how long readers may take to leave
+_LOCK_NAME = "lock.mdb"
 _LOCK_FILE_BYTES = (MAX_READERS + 64) * 64  # a slot is a cache line; the header takes some more
 
 Env: TypeAlias = "lmdb.Environment"
@@ -49,13 +50,12 @@ class MapFile:
             os.makedirs(path, mode=0o700, exist_ok=True)  # lmdb.open would give the folder the file's mode
             if not os.path.exists(os.path.join(path, "data.mdb")):
                 self._create()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, COMPACT_NAME))
+            self.remove_copy()
             check_structure(path, hint)
-            self._allocate_lock_file()
+            _allocate_lock_file(os.path.join(path, _LOCK_NAME))
         except OSError as exc:
             raise from_os(exc, f"cannot make {os.path.basename(path)}") from exc
-        self.env = self._open()
+        self.env = self._open(path)
 
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTxn]:
@@ -66,26 +66,40 @@ class MapFile:
             except lmdb.Error as exc:
                 raise from_lmdb(exc, "read failed") from exc
 
-    def reopen(self, replace: Callable[[], None] | None = None) -> None:
-        """Close and open the file again; readers wait outside. `replace` is called while nobody has it open.
+    def reopen(self) -> None:
+        """Close and open the file again; readers wait outside.
 
         Raises DiskFull, and changes nothing, if those inside stay longer than REOPEN_SECONDS. Raises what opening
         does: then every read and write does, until a later reopen succeeds.
         """
-        with self._gate:
-            self._reopening = True
-            try:
-                if not self._gate.wait_for(lambda: self._readers == 0, REOPEN_SECONDS):
-                    raise errors.DiskFull("a reader keeps the store from being opened again", retry_after=1.0)
-                self.env.close()
-                try:
-                    if replace:
-                        replace()
-                finally:
-                    self.env = self._open()
-            finally:
-                self._reopening = False
-                self._gate.notify_all()
+        with self._nobody_inside():
+            self.env.close()
+            self.env = self._open(self.path)
+
+    def take_copy(self) -> None:
+        """Let the file COMPACT_NAME take the place of the one in use. The folder is not synced.
+
+        It is opened before the other is closed: whatever is raised leaves the one in use open and in its place.
+        Raises what opening does, DiskFull as reopen() does, StoreReadOnly if it cannot be renamed.
+        """
+        copy = os.path.join(self.path, COMPACT_NAME)
+        try:
+            _allocate_lock_file(f"{copy}-lock")
+        except OSError as exc:
+            raise from_os(exc, "cannot open the compact copy") from exc
+        new = self._open(copy)
+        try:
+            with self._nobody_inside():
+                self._rename_copy(copy)
+                new, self.env = self.env, new
+        finally:
+            new.close()
+
+    def remove_copy(self) -> None:
+        """Remove a copy that takes no place, if there is one."""
+        for name in (COMPACT_NAME, f"{COMPACT_NAME}-lock"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.path, name))
 
     def in_panic(self) -> bool:
         """Whether LMDB refuses everything until the file is opened again, or it could not be. For the writer's use."""
@@ -134,15 +148,41 @@ class MapFile:
     def _opened_since(self, seen: int) -> Callable[[], bool]:
         return lambda: self._n_opened != seen
 
-    def _open(self) -> Env:
+    @contextlib.contextmanager
+    def _nobody_inside(self) -> Iterator[None]:
+        """Readers wait outside for the length of the block. Raises DiskFull if those inside stay too long."""
+        with self._gate:
+            self._reopening = True
+            try:
+                if not self._gate.wait_for(lambda: self._readers == 0, REOPEN_SECONDS):
+                    raise errors.DiskFull("a reader keeps the store from being opened again", retry_after=1.0)
+                yield
+            finally:
+                self._reopening = False
+                self._gate.notify_all()
+
+    def _rename_copy(self, copy: str) -> None:
+        """Its lock file goes along: other programs that open the folder must meet the slots of this one's readers.
+
+        It goes first. Were the copy in place and the lock file not, the file in use would have lost its name.
+        """
+        try:
+            os.replace(f"{copy}-lock", os.path.join(self.path, _LOCK_NAME))
+            os.replace(copy, os.path.join(self.path, "data.mdb"))
+        except OSError as exc:
+            raise from_os(exc, "cannot replace the file by its compact copy") from exc
+
+    def _open(self, path: str) -> Env:
+        """Open a folder's data.mdb, or a file."""
         try:
             env = lmdb.open(
-                self.path, map_size=self._map_bytes, lib_version=LIB_VERSION, max_readers=MAX_READERS,
-                max_spare_txns=16, writemap=False, sync=True, metasync=True, readahead=True, mode=0o600,
+                path, subdir=path == self.path, map_size=self._map_bytes, lib_version=LIB_VERSION,
+                max_readers=MAX_READERS, max_spare_txns=16, writemap=False, sync=True, metasync=True, readahead=True,
+                mode=0o600,
             )  # fmt: skip
             env.reader_check()  # readers of a killed daemon would pin old pages
         except (lmdb.Error, OSError) as exc:
-            raise from_lmdb(exc, f"cannot open {os.path.basename(self.path)}", opening=True) from exc
+            raise from_lmdb(exc, f"cannot open {os.path.basename(path)}", opening=True) from exc
         self._n_opened += 1
         return env
 
@@ -169,15 +209,16 @@ class MapFile:
         for folder in (self.path, os.path.dirname(self.path) or "."):
             sync_folder(folder)
 
-    def _allocate_lock_file(self) -> None:
-        """Give every reader's slot its disk block now: touching a hole of a mapped file on a full disk is SIGBUS.
 
-        Before LMDB opens it: closing another descriptor of the file would drop LMDB's lock.
-        """
-        if not hasattr(os, "posix_fallocate"):
-            return
-        fd = os.open(os.path.join(self.path, "lock.mdb"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, _LOCK_FILE_BYTES)
-        finally:
-            os.close(fd)
+def _allocate_lock_file(path: str) -> None:
+    """Give every reader's slot its disk block now: touching a hole of a mapped file on a full disk is SIGBUS.
+
+    Before LMDB opens it: closing another descriptor of the file would drop LMDB's lock.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, _LOCK_FILE_BYTES)
+    finally:
+        os.close(fd)

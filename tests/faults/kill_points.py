@@ -32,6 +32,8 @@ COMMIT = "sessiond.storage.environment:Environment._commit_applied"
 DELETE = "sessiond.storage.blocks:BlockStore.delete"
 COLLECT = "sessiond.care:collect"
 COMPACTION = "sessiond.storage.compaction"
+MAP_FILE = "sessiond.storage.mapfile:MapFile"
+TAKE_COPY = f"{MAP_FILE}.take_copy"
 IMPORT_BLOCKS = "sessiond.foreignkv:TailWriter.write"
 POINTS = (
     # The first start makes the directory.
@@ -121,13 +123,14 @@ POINTS = (
     Point("compact-before-the-copy", f"{COMPACTION}:_write_copy", BEFORE),
     Point("compact-copied-not-synced", "os:fsync", BEFORE, since=f"{COMPACTION}:_write_copy"),
     Point("compact-copied", f"{COMPACTION}:_write_copy", AFTER),
-    Point("compact-closed", f"{COMPACTION}:_replace", BEFORE),
-    Point("compact-renamed", "os:replace", AFTER, since=f"{COMPACTION}:_replace"),
-    Point("compact-name-synced", f"{COMPACTION}:_replace", AFTER),
-    Point("compact-opened", "sessiond.storage.mapfile:MapFile._open", AFTER, since=f"{COMPACTION}:_replace"),
+    Point("compact-opened", f"{MAP_FILE}._open", AFTER, since=TAKE_COPY),
+    Point("compact-lock-file-renamed", "os:replace", AFTER, since=TAKE_COPY),
+    Point("compact-renamed", f"{MAP_FILE}._rename_copy", AFTER),
+    Point("compact-taken", TAKE_COPY, AFTER),
+    Point("compact-name-synced", f"{COMPACTION}:compact_file", AFTER),
     Point("compact-blocks-copied", f"{COMPACTION}:_write_copy", AFTER, nth=2),
-    Point("compact-blocks-closed", f"{COMPACTION}:_replace", BEFORE, nth=2),
-    Point("compact-blocks-name-synced", f"{COMPACTION}:_replace", AFTER, nth=2),
+    Point("compact-blocks-renamed", f"{MAP_FILE}._rename_copy", AFTER, nth=2),
+    Point("compact-blocks-name-synced", f"{COMPACTION}:compact_file", AFTER, nth=2),
     Point("compact-untold", "sessiond.care:Care.compact", AFTER),
     Point("repair-before", "sessiond.verify:mend", BEFORE),
     Point("repair-reference-gone", "sessiond.mending:delete_unreferenced", BEFORE, since="sessiond.verify:mend"),

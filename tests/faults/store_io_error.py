@@ -147,7 +147,8 @@ def after_failure(store: Store, exc: errors.SessiondError) -> list[str]:
     """A step failed with `exc`: the log says whether it takes more, and keeps to what it says."""
     log: Environment = store.log._env
     problems = []
-    if type(exc) not in (errors.StoreReadOnly, errors.DiskFull):
+    of_the_copy = isinstance(exc, errors.DataDirectoryReadOnly) and "compact" in exc.message
+    if type(exc) not in (errors.StoreReadOnly, errors.DiskFull) and not of_the_copy:
         problems.append(f"a failed step raised {exc!r}")
     batch = LogBatch()
     batch.put_session(session_record(999))

@@ -16,7 +16,7 @@ from sessiond.storage import compaction, mapfile, space
 from sessiond.storage.environment import Environment
 
 MAP = 256 << 20
-STEPS = ("start", "copied", "synced", "closed", "replaced", "folder synced", "opened")
+STEPS = ("start", "copied", "synced", "opened", "replaced", "taken", "folder synced")
 
 
 def put(key: bytes, value: bytes = b"v"):
@@ -133,6 +133,24 @@ def test_a_copy_that_fails_leaves_the_old_file(log_env, monkeypatch):
     assert all_values(log_env) == {**kept, b"after": b"v"}
 
 
+@pytest.mark.parametrize("failing", ["_open", "_rename_copy"])
+def test_a_copy_that_cannot_be_opened_or_renamed_leaves_the_old_file_in_use(log_env, monkeypatch, failing):
+    kept = fill(log_env)
+
+    def broken(*args: object) -> None:
+        raise errors.StoreReadOnly("Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mapfile.MapFile, failing, broken)
+        with pytest.raises(errors.DataDirectoryReadOnly, match="goes on with the file it has"):
+            log_env.compact().result(10)
+        assert not log_env.read_only
+        assert all_values(log_env) == kept
+    assert sorted(os.listdir(log_env._path)) == ["data.mdb", "lock.mdb"]
+    log_env.submit([put(b"after")], 1).result()
+    assert all_values(log_env) == {**kept, b"after": b"v"}
+
+
 def test_a_folder_that_cannot_be_synced_makes_the_store_read_only(log_env, monkeypatch):
     """After a power loss either file may be there: a write to one of them would not be durable."""
     kept = fill(log_env)
@@ -183,14 +201,12 @@ def die_at(path: Path, step: str) -> None:
     env = Environment(str(path), map_bytes=MAP)
     env.submit([put(b"last")], 1).result()
     compaction._write_copy = dying("synced", compaction._write_copy)
-    real_open = mapfile.MapFile._open
-    compaction.os.replace = dying("replaced", os.replace)
+    for name, method in {"opened": "_open", "taken": "take_copy"}.items():
+        setattr(mapfile.MapFile, method, dying(name, getattr(mapfile.MapFile, method)))
+    mapfile.os.replace = dying("replaced", os.replace)
     compaction.sync_folder = dying("folder synced", compaction.sync_folder)
-    mapfile.MapFile._open = dying("opened", real_open)  # type: ignore[method-assign]
     if step == "copied":
         compaction.os.fsync = lambda fd: os._exit(9)
-    if step == "closed":
-        compaction._replace = lambda copy, folder: os._exit(9)
     if step == "start":
         compaction.space.free_bytes = lambda folder: os._exit(9)
     env.compact().result(30)
