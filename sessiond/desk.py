@@ -22,7 +22,7 @@ from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import CellSealed, Event, SealWork
+from sessiond.scheduler import CellSealed, Ended, Event, SealWork, TokenOut
 from sessiond.scrub import Scrub
 from sessiond.sharing import relative, sealed_donor, take_over
 from sessiond.storage.batch import LogBatch
@@ -107,8 +107,19 @@ class Desk:
     # --- between threads -----------------------------------------------------------------------------------------
 
     def post(self, events: list[Event]) -> None:
-        """Called by the engine thread once a step."""
-        self._loop.call_soon_threadsafe(self._dispatch, events)
+        """Called by the engine thread once a step.
+
+        Tokens go straight to the log's writer, and reach the loop when they are durable: every thread that is woken
+        takes a core from the next step.
+        """
+        rest: list[Event] = []
+        for event in events:
+            if not isinstance(event, TokenOut):
+                rest.append(event)
+            elif turn := self.turns.get(event.turn_id):
+                turn.log_token(event)
+        if rest:
+            self._loop.call_soon_threadsafe(self._dispatch, rest)
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
@@ -118,8 +129,8 @@ class Desk:
                 waiting = self._sealed.get(event.owner)
                 if waiting and event.index < 0 and not waiting.done():
                     waiting.set_result(None)
-            elif turn := self.turns.get(event.turn_id):
-                turn.deliver(event)
+            elif isinstance(event, Ended) and (turn := self.turns.get(event.turn_id)):
+                turn.end(event)
 
     async def in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
         return await self._loop.run_in_executor(self._pool, function, *args)

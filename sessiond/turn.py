@@ -20,7 +20,7 @@ from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Una
 from sessiond.live import Live
 from sessiond.restoring import Recompute, Restoration
 from sessiond.sampling import Sampler
-from sessiond.scheduler import Ended, Event, TokenOut, TurnWork
+from sessiond.scheduler import Ended, TokenOut, TurnWork
 from sessiond.storage.batch import LogBatch
 from sessiond.turnevents import NOTHING, Accepted, Finished, Tokens
 from sessiond.turnlog import commit_turn, discard_turn, open_turn, suspend_turn
@@ -46,7 +46,8 @@ class Turn:
         self.stream = TurnStream(self._attached, self._detached)
         self.generated: list[int] = list(plan.logged)
         self._first_token_at = 0.0
-        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[Ended] = self._loop.create_future()
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
         self._opened = plan.attachment != "started"
@@ -92,8 +93,7 @@ class Turn:
         if self.plan.abort_on_disconnect:
             self.stop("discard")
             return
-        loop = asyncio.get_running_loop()
-        self._detach_timer = loop.call_later(self.desk.settings.detached_turn_seconds, self.stop, "suspend")
+        self._detach_timer = self._loop.call_later(self.desk.settings.detached_turn_seconds, self.stop, "suspend")
 
     # --- what the turn does --------------------------------------------------------------------------------------
 
@@ -214,16 +214,16 @@ class Turn:
         if again:
             restored.recomputed.append(Recompute("interrupted", again))
 
-    def deliver(self, event: Event) -> None:
-        """An event of the engine, on the event loop."""
-        if isinstance(event, TokenOut):
-            self._log_token(event)
-        elif isinstance(event, Ended) and not self._ended.done():
-            self._ended.set_result(event)
+    def end(self, ended: Ended) -> None:
+        """The engine is done with the turn."""
+        if not self._ended.done():
+            self._ended.set_result(ended)
 
-    def _log_token(self, event: TokenOut) -> None:
+    def log_token(self, event: TokenOut) -> None:
+        """Queue a token for the log, on the engine thread; the loop hears of it when it is durable."""
         if self._broken:
             return  # the log must have no gap
+        call = self._loop.call_soon_threadsafe
         self.generated.append(event.sampled.token_id)
         tokens = Tokens.of(event)
         batch = LogBatch()
@@ -232,13 +232,12 @@ class Turn:
         try:
             durable = self._last_write = self.desk.store.log.write(batch)
         except SessiondError as error:
-            self._break_off(error)
+            call(self._break_off, error)
             return
         if self.desk.settings.stream_before_log:
-            self._publish(tokens)
+            call(self._publish, tokens)
         else:
-            loop = asyncio.get_running_loop()
-            durable.add_done_callback(lambda future: loop.call_soon_threadsafe(self._durable, future, tokens))
+            durable.add_done_callback(lambda future: call(self._durable, future, tokens))
 
     def _durable(self, future: Future[None], tokens: Tokens) -> None:
         error = future.exception()
