@@ -18,6 +18,7 @@ from sessiond.cache import SessionCache
 from sessiond.config import Settings
 from sessiond.engine import Engine
 from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
+from sessiond.handover import Handover
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.restoring import Restoration
@@ -78,6 +79,7 @@ class Desk:
         self.aside_bytes = 0  # of memory that no session holds: an audit's
         self.scrub = Scrub(store)
         self._loop = asyncio.get_running_loop()
+        self.handover = Handover(self._loop)
         self._sealed: dict[str, asyncio.Future[None]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="store")
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="sql")
@@ -119,7 +121,7 @@ class Desk:
             elif turn := self.turns.get(event.turn_id):
                 turn.log_token(event)
         if rest:
-            self._loop.call_soon_threadsafe(self._dispatch, rest)
+            self.handover.call(lambda: self._dispatch(rest))
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:

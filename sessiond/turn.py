@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import structlog
@@ -46,8 +47,7 @@ class Turn:
         self.stream = TurnStream(self._attached, self._detached)
         self.generated: list[int] = list(plan.logged)
         self._first_token_at = 0.0
-        self._loop = asyncio.get_running_loop()
-        self._ended: asyncio.Future[Ended] = self._loop.create_future()
+        self._ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
         self._detach_timer: asyncio.TimerHandle | None = None
         self._outcome = "commit"
         self._opened = plan.attachment != "started"
@@ -93,7 +93,8 @@ class Turn:
         if self.plan.abort_on_disconnect:
             self.stop("discard")
             return
-        self._detach_timer = self._loop.call_later(self.desk.settings.detached_turn_seconds, self.stop, "suspend")
+        loop = asyncio.get_running_loop()
+        self._detach_timer = loop.call_later(self.desk.settings.detached_turn_seconds, self.stop, "suspend")
 
     # --- what the turn does --------------------------------------------------------------------------------------
 
@@ -223,28 +224,27 @@ class Turn:
         """Queue a token for the log, on the engine thread; the loop hears of it when it is durable."""
         if self._broken:
             return  # the log must have no gap
-        call = self._loop.call_soon_threadsafe
+        call, tenant, start = self.desk.handover.call, self.plan.record.tenant, len(self.plan.prompt) + event.index
         self.generated.append(event.sampled.token_id)
         tokens = Tokens.of(event)
-        batch = LogBatch()
-        start = len(self.plan.prompt) + event.index
-        batch.append_tokens(self.plan.record.tenant, self.turn_id, start, np.array([event.sampled.token_id], np.uint32))
         try:
+            batch = LogBatch()
+            batch.append_tokens(tenant, self.turn_id, start, np.array([event.sampled.token_id], np.uint32))
             durable = self._last_write = self.desk.store.log.write(batch)
-        except SessiondError as error:
-            call(self._break_off, error)
+        except Exception as error:  # noqa: BLE001 - it is this turn's, not the engine's
+            call(partial(self._break_off, _as_ours(error)))
             return
         if self.desk.settings.stream_before_log:
-            call(self._publish, tokens)
+            call(lambda: self._publish(tokens))
         else:
-            durable.add_done_callback(lambda future: call(self._durable, future, tokens))
+            durable.add_done_callback(lambda future: call(lambda: self._durable(future, tokens)))
 
     def _durable(self, future: Future[None], tokens: Tokens) -> None:
         error = future.exception()
         if error is None:
             self._publish(tokens)
         else:
-            self._break_off(error if isinstance(error, SessiondError) else SessiondError(str(error)))
+            self._break_off(_as_ours(error))
 
     async def _written(self) -> None:
         """Return once the last token is durable, or refused and the turn broken off."""
@@ -333,3 +333,7 @@ class Turn:
             except Exception as second:
                 log.exception("failed turn could not be closed in the log", turn=self.turn_id, error=str(second))
         self.stream.failure = error
+
+
+def _as_ours(error: BaseException) -> SessiondError:
+    return error if isinstance(error, SessiondError) else SessiondError(str(error))

@@ -47,7 +47,7 @@ LAYERS: list[list[str]] = [
     ["scrub"],
     ["sharing"],
     ["live"],
-    ["lifecycle"],
+    ["lifecycle", "handover"],
     ["engine"],
     ["scheduler"],
     ["foreignkv"],

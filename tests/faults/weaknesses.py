@@ -70,9 +70,10 @@ def _log_late() -> AbstractContextManager[Any]:
 
     def publish(self: Turn, event: TokenOut) -> None:
         self.generated.append(event.sampled.token_id)
-        self._publish(Tokens.of(event))
+        tokens = Tokens.of(event)
+        self.desk.handover.call(lambda: self._publish(tokens))
 
-    return mock.patch.object(Turn, "_log_token", publish)
+    return mock.patch.object(Turn, "log_token", publish)
 
 
 # Variant of a run -> the defence that is off in it.
