@@ -97,7 +97,9 @@ class Environment:
         except BaseException:
             self._map.close()
             raise
-        self._queue: queue.Queue[_Batch | _Task | None] = queue.Queue(QUEUED_BATCHES)
+        # A SimpleQueue wakes the writer with one lock handed over, a Queue with three; the semaphore bounds it.
+        self._queue: queue.SimpleQueue[_Batch | _Task | None] = queue.SimpleQueue()
+        self._room = threading.BoundedSemaphore(QUEUED_BATCHES)
         self._submit_lock = threading.Lock()
         self._closed = False
         self._failed: BaseException | None = None
@@ -124,7 +126,7 @@ class Environment:
         with self._submit_lock:
             if self._closed:
                 raise errors.Draining("the store is closed")
-            self._queue.put(_Batch(ops, n_bytes, frees, done))
+            self._put(_Batch(ops, n_bytes, frees, done))
         return done
 
     def compact(self) -> Future[None]:
@@ -137,7 +139,7 @@ class Environment:
         with self._submit_lock:
             if self._closed:
                 raise errors.Draining("the store is closed")
-            self._queue.put(_Task(lambda: compact_file(self._map, self._reserve_bytes), done))
+            self._put(_Task(lambda: compact_file(self._map, self._reserve_bytes), done))
         return done
 
     def close(self) -> None:
@@ -173,11 +175,22 @@ class Environment:
         """True once a commit failed for another reason than want of space."""
         return self._failed is not None
 
+    def _put(self, item: _Batch | _Task) -> None:
+        self._room.acquire()
+        self._queue.put(item)
+
+    def _take(self, *, block: bool) -> _Batch | _Task | None:
+        """The next item; None is the last. Raises queue.Empty."""
+        item = self._queue.get(block)
+        if item is not None:
+            self._room.release()
+        return item
+
     def _run(self) -> None:
         carried: _Batch | _Task | None = None
         stopping = False
         while carried is not None or not stopping:
-            first = carried if carried is not None else self._queue.get()
+            first = carried if carried is not None else self._take(block=True)
             carried = None
             if first is None:
                 return
@@ -187,7 +200,7 @@ class Environment:
             group, size = [first], first.n_bytes
             while not stopping:
                 try:
-                    more = self._queue.get_nowait()
+                    more = self._take(block=False)
                 except queue.Empty:
                     break
                 if more is None:
