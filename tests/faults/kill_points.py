@@ -126,7 +126,6 @@ POINTS = (
     Point("compact-opened", f"{MAP_FILE}._open", AFTER, since=TAKE_COPY),
     Point("compact-renamed", "os:replace", AFTER, since=TAKE_COPY),
     Point("compact-lock-file-renamed", "os:replace", AFTER, since=TAKE_COPY, nth=2),
-    Point("compact-taken", TAKE_COPY, AFTER),
     Point("compact-name-synced", f"{COMPACTION}:sync_folder", AFTER),
     Point("compact-blocks-copied", f"{COMPACTION}:_write_copy", AFTER, nth=2),
     Point("compact-blocks-taken", TAKE_COPY, AFTER, nth=2),
