@@ -62,6 +62,7 @@ LAYERS: list[list[str]] = [
     ["restoring"],
     ["cachememory"],
     ["cache"],
+    ["selection"],
     ["verify", "pacing"],
     ["collector"],
     ["secondlook", "mending"],
@@ -96,7 +97,7 @@ RESTRICTED: dict[str, list[str]] = {
     "grpc_status": ["server", "clients.*"],
     "transformers": ["model", "attention", "cache", "modelconvert"],
     "torch": [
-        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "policies.*", "kernels.*",
+        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "policies.*", "kernels.*",
         "modelconvert",
     ],
     "lmdb": ["storage.*"],
