@@ -59,8 +59,11 @@ class Policy(Protocol):
     """A frozen dataclass whose fields are its knobs."""
 
     name: ClassVar[str]
-    # Whether prompts attend to all of history. Their whole cells are then canonical, and sealed at once.
-    dense_prompt: ClassVar[bool]
+
+    @property
+    def dense_prompt(self) -> bool:
+        """Whether prompts attend to all of history. Their whole cells are then canonical, and sealed at once."""
+        ...
 
     def knobs(self) -> dict[str, Any]:
         """The knobs as JSON values; `registry.parse(name, knobs)` gives an equal policy."""

@@ -24,5 +24,12 @@ def top(scores: Tensor, k: int) -> Tensor:
     """
     if k >= scores.shape[-1]:
         return torch.arange(scores.shape[-1]).expand(scores.shape[0], -1)
-    best: Tensor = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :k]
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return best.sort(-1).values
+
+
+def ascending(positions: Tensor) -> Tensor:
+    """Each row of `positions` [G, K] sorted, with its -1 at the end."""
+    after_all = torch.iinfo(positions.dtype).max
+    ordered = positions.masked_fill(positions < 0, after_all).sort(-1).values
+    return ordered.masked_fill(ordered == after_all, -1)

@@ -6,11 +6,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sessiond.errors import UnknownPolicy
+from sessiond.policies.adakv import AdaKV
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
+from sessiond.policies.h2o import H2O
+from sessiond.policies.snapkv import SnapKV
 from sessiond.policies.window import Window
 
-POLICIES: dict[str, Callable[..., Policy]] = {"full": Full, "window": Window}
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "full": Full,
+    "window": Window,
+    "snapkv": SnapKV,
+    "h2o": H2O,
+    "adakv": AdaKV,
+}
 
 
 def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
