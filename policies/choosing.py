@@ -24,5 +24,5 @@ def top(scores: Tensor, k: int) -> Tensor:
     """
     if k >= scores.shape[-1]:
         return torch.arange(scores.shape[-1]).expand(scores.shape[0], -1)
-    best = scores.sort(-1, descending=True, stable=True).indices[:, :k]
+    best = scores.sort(stable=True, dim=-1, descending=True).indices[:, :k]
     return best.sort(-1).values

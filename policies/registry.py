@@ -8,9 +8,10 @@ from typing import Any
 from sessiond.errors import UnknownPolicy
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
+from sessiond.policies.quest import Quest
 from sessiond.policies.window import Window
 
-POLICIES: dict[str, Callable[..., Policy]] = {"full": Full, "window": Window}
+POLICIES: dict[str, Callable[..., Policy]] = {"full": Full, "quest": Quest, "window": Window}
 
 
 def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
