@@ -9,9 +9,10 @@ from sessiond.errors import UnknownPolicy
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
 from sessiond.policies.quest import Quest
+from sessiond.policies.rocketkv import RocketKV
 from sessiond.policies.window import Window
 
-POLICIES: dict[str, Callable[..., Policy]] = {"full": Full, "quest": Quest, "window": Window}
+POLICIES: dict[str, Callable[..., Policy]] = {"full": Full, "quest": Quest, "rocketkv": RocketKV, "window": Window}
 
 
 def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
