@@ -10,15 +10,21 @@ from sessiond.policies.adakv import AdaKV
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
+from sessiond.policies.quest import Quest
+from sessiond.policies.rocketkv import RocketKV
+from sessiond.policies.sieve import Sieve
 from sessiond.policies.snapkv import SnapKV
 from sessiond.policies.window import Window
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
     "window": Window,
-    "snapkv": SnapKV,
     "h2o": H2O,
+    "snapkv": SnapKV,
     "adakv": AdaKV,
+    "quest": Quest,
+    "rocketkv": RocketKV,
+    "sieve": Sieve,
 }
 
 
