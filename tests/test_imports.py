@@ -97,8 +97,8 @@ RESTRICTED: dict[str, list[str]] = {
     "grpc_status": ["server", "clients.*"],
     "transformers": ["model", "attention", "cache", "modelconvert"],
     "torch": [
-        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "policies.*", "kernels.*",
-        "modelconvert",
+        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "policies.*",
+        "kernels.*", "modelconvert",
     ],
     "lmdb": ["storage.*"],
     "sqlalchemy": ["storage.*", "doctor_place"],
