@@ -78,7 +78,7 @@ class Observed:
     def followed_by(self, view: LayerView, size: int) -> Observed:
         """The last `size` queries, of this window and of the next piece of the same prompt."""
         joined = torch.cat([self.queries, view.query[:, -size:]], dim=1)
-        return Observed(joined[:, -size:].clone(), view.keys.shape[1], self.turn_start)
+        return Observed(joined[:, -size:], view.keys.shape[1], self.turn_start)
 
     def before(self, n: int) -> Observed | None:
         """What stands before position `n`, or None."""

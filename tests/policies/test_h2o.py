@@ -96,13 +96,15 @@ def test_queries_taken_in_blocks_give_the_same_choice(monkeypatch):
     assert torch.equal(layer.prompt(whole, [70], 64)[0], layer.prompt(cut, [70], 64)[0])
 
 
-def test_a_turn_begun_again_is_counted_once():
+@pytest.mark.parametrize("told", [True, False])
+def test_a_turn_begun_again_is_counted_once(told):
     layer = Layer(120)
     plain, again = POLICY.selector(0, 30), POLICY.selector(0, 30)
     for selector in (plain, again):
         run_turn(layer, selector, 0, [30], 34)
     run_turn(layer, again, 34, [60], 70)
-    again.keep(34)
+    if told:
+        again.keep(34)
     expected, found = (run_turn(layer, selector, 34, [40, 60], 66) for selector in (plain, again))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert torch.equal(layer.prompt(plain, [80], 66)[0], layer.prompt(again, [80], 66)[0])

@@ -88,12 +88,21 @@ def test_a_turn_resumed_after_its_prompt_attends_to_all():
 
 
 def test_a_prompt_begun_again_is_observed_once():
-    layer, policy = Layer(90), SnapKV(10, 12, 5)
+    layer, policy = Layer(90), SnapKV(10, 30, 5)
     selector, again = policy.selector(0, 30), policy.selector(0, 30)
     layer.prompt(selector, [PROMPT_END], HISTORY)
     layer.prompt(again, [70, 75], HISTORY)
     layer.prompt(again, [70, PROMPT_END], HISTORY)
     assert torch.equal(layer.step(selector, PROMPT_END, HISTORY), layer.step(again, PROMPT_END, HISTORY))
+
+
+@pytest.mark.parametrize("pieces", [[86], [65, 86]])
+def test_the_engine_may_use_its_query_buffer_again(pieces):
+    layer, policy = Layer(90), SnapKV(10, 23, 5)
+    selector = policy.selector(0, 30)
+    layer.prompt(selector, pieces, HISTORY)
+    layer.query[:, :PROMPT_END] = 0
+    assert rows(layer.step(selector, PROMPT_END, HISTORY)) == expected(Layer(90), policy, range(63, 86), HISTORY)
 
 
 def test_keep_forgets_the_queries_that_are_gone():
