@@ -7,7 +7,20 @@ import random
 from pathlib import Path
 from typing import Any
 
-_WORDS = "river lantern harbour copper meadow winter signal garden letter market bridge engine forest candle window".split()
+_WORDS = (
+    "river",
+    "lantern",
+    "harbour",
+    "copper",
+    "meadow",
+    "winter",
+    "signal",
+    "garden",
+    "letter",
+    "market",
+    "bridge",
+    "engine",
+)
 
 
 def conversations(tokenizer: Any, data: Path | None, n: int, n_tokens: int, seed: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ def prefill(model: Model, cache: SessionCache, ids: Sequence[int], chunk: int = 
 def replay(
     model: Model, cache: SessionCache, policy: Policy, history: int, prompt: Sequence[int], answer: Sequence[int]
 ) -> Tensor:
-    """Logits [len(answer), V] of each of the answer's tokens, a turn on top of `history` tokens that the cache holds."""
+    """Logits [len(answer), V] of the answer, a turn on top of the `history` tokens that the cache holds."""
     cache.truncate(history, CELL)
     cache.selection = None
     cache.use(policy, history)
