@@ -139,7 +139,10 @@ class Care:
         return erased
 
     async def compact(self, *, purge_deleted: bool) -> Compacted:
-        """Erase what is purged or unreferenced, and give free pages back. Raises StoreReadOnly, DiskFull, Draining."""
+        """Erase what is purged or unreferenced, and give free pages back.
+
+        Raises StoreReadOnly, DiskFull, Draining; DataDirectoryReadOnly if a copy cannot be made.
+        """
         self.sessions.refuse_draining()
         self._refuse_read_only()
         began, store = time.perf_counter(), self.store

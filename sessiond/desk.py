@@ -47,7 +47,7 @@ Key = tuple[str, str]
 
 
 class Desk:
-    """Owned by the event loop. Blocking work goes to pools; the engine's events come back through `dispatch`."""
+    """Owned by the event loop. Blocking work goes to pools; the engine's events come back through `post`."""
 
     def __init__(
         self,

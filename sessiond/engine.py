@@ -19,7 +19,8 @@ T = TypeVar("T")
 class Engine:
     """Runs a Scheduler on its own thread. Every method may be called from any thread.
 
-    `deliver` is called on the engine thread with the events of one step; it must only hand them over.
+    `deliver` is called on the engine thread with the events of one step; it must only hand them over,
+    to the loop and to the log's writer.
     """
 
     def __init__(self, model: Model, cell_tokens: int, threads: int, deliver: Callable[[list[Event]], None]) -> None:

@@ -6,6 +6,7 @@ Each wake of the loop's thread takes a core from the model's step; eight session
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -20,14 +21,24 @@ class Handover:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._waiting: deque[Callable[[], None]] = deque()
+        self._waking = threading.Lock()
         self._woken = False
 
     def call(self, function: Callable[[], None]) -> None:
-        """From any thread. Raises RuntimeError once the loop is closed. What `function` raises is logged."""
+        """From any thread; what that thread asks of the loop afterwards comes afterwards.
+
+        Raises RuntimeError once the loop is closed. What `function` raises is logged.
+        """
         self._waiting.append(function)
-        if not self._woken:
+        with self._waking:  # who finds it woken must find it told, too
+            if self._woken:
+                return
             self._woken = True
-            self._loop.call_soon_threadsafe(self._run)
+            try:
+                self._loop.call_soon_threadsafe(self._run)
+            except BaseException:
+                self._woken = False
+                raise
 
     def _run(self) -> None:
         self._woken = False  # before looking: who appends from here on is seen below, or wakes the loop again

@@ -345,4 +345,10 @@ class Turn:
 
 
 def _as_ours(error: BaseException) -> SessiondError:
-    return error if isinstance(error, SessiondError) else SessiondError(str(error))
+    """The failure of a token's write, which ends the turn."""
+    if isinstance(error, SessiondError):
+        return error
+    log.error("a token could not be logged", exc_info=error)
+    ours = SessiondError(f"{type(error).__name__}: {error}")
+    ours.__cause__ = error
+    return ours

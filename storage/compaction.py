@@ -17,13 +17,9 @@ from sessiond import errors
 from sessiond.storage import space
 from sessiond.storage.directory import sync_folder
 from sessiond.storage.failures import from_lmdb, from_os
-from sessiond.storage.mapfile import COMPACT_NAME, MapFile
+from sessiond.storage.mapfile import COMPACT_NAME, HalfDoneError, MapFile
 
 _RETRY_SECONDS = 10.0
-
-
-class FolderNotSyncedError(Exception):
-    """The new file is in place, but its name may not survive a power loss."""
 
 
 def compact_file(file: MapFile, reserve_bytes: int) -> None:
@@ -31,7 +27,7 @@ def compact_file(file: MapFile, reserve_bytes: int) -> None:
 
     Raises DiskFull, before anything is written, if the copy would leave less than `reserve_bytes` free; DiskFull,
     DataDirectoryReadOnly or RecordCorrupt if there can be none. These leave the old file in use and writable;
-    FolderNotSyncedError the new one.
+    HalfDoneError the new one, to which nothing may be written.
     """
     copy = os.path.join(file.path, COMPACT_NAME)
     wanted = _copy_bytes(file)
@@ -41,7 +37,7 @@ def compact_file(file: MapFile, reserve_bytes: int) -> None:
     try:
         _write_copy(file, copy)
         file.take_copy()
-    except errors.StoreReadOnly as exc:  # a second file failed, which says nothing about the one in use
+    except (errors.StoreReadOnly, errors.DataDirectoryReadOnly) as exc:  # says nothing about the file in use
         raise errors.DataDirectoryReadOnly(f"{exc.message}; the store goes on with the file it has") from exc
     finally:
         with contextlib.suppress(OSError):
@@ -49,7 +45,7 @@ def compact_file(file: MapFile, reserve_bytes: int) -> None:
     try:
         sync_folder(file.path)
     except OSError as exc:
-        raise FolderNotSyncedError(str(exc)) from exc
+        raise HalfDoneError(f"the new file's name may not survive a power loss: {exc}") from exc
 
 
 def _copy_bytes(file: MapFile) -> int:

@@ -18,9 +18,9 @@ import lmdb
 
 from sessiond import errors
 from sessiond.storage import space
-from sessiond.storage.compaction import FolderNotSyncedError, compact_file
+from sessiond.storage.compaction import compact_file
 from sessiond.storage.failures import from_lmdb, may_be_out_of_space
-from sessiond.storage.mapfile import MapFile
+from sessiond.storage.mapfile import HalfDoneError, MapFile
 from sessiond.storage.mapfile import ReadTxn as ReadTxn
 from sessiond.storage.mapfile import WriteTxn as WriteTxn
 from sessiond.storage.tally import TalliedTxn, Tally, build_tally, read_tally
@@ -132,7 +132,8 @@ class Environment:
     def compact(self) -> Future[None]:
         """Queue a copy without free pages, which takes the file's place (compaction.py); what is written next waits.
 
-        The future fails with DiskFull if there is no room for it, StoreReadOnly. Raises Draining after close().
+        The future fails with DiskFull if there is no room for it, DataDirectoryReadOnly or RecordCorrupt if it cannot
+        be made (the store goes on as it was), StoreReadOnly. Raises Draining after close().
         """
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()
@@ -221,8 +222,8 @@ class Environment:
             if self._failed is not None:
                 raise errors.StoreReadOnly(f"an earlier write failed ({self._failed}); restart the daemon")
             task.run()
-        except FolderNotSyncedError as exc:
-            self._failed = exc  # which of the two files is there after a power loss is not known: write to neither
+        except HalfDoneError as exc:
+            self._failed = exc
             task.done.set_exception(errors.StoreReadOnly(f"compacting failed: {exc}; the store is read-only"))
         except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
             task.done.set_exception(exc)

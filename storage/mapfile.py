@@ -31,6 +31,10 @@ WriteTxn: TypeAlias = "lmdb.Transaction[bytes]"
 ReadTxn: TypeAlias = "lmdb.Transaction[memoryview]"
 
 
+class HalfDoneError(Exception):
+    """Another file is in use now, but something that belongs to it failed: nothing may be written to it."""
+
+
 class MapFile:
     """An open LMDB file in the folder `path`. Thread-safe; must not be used across fork()."""
 
@@ -79,8 +83,9 @@ class MapFile:
     def take_copy(self) -> None:
         """Let the file COMPACT_NAME take the place of the one in use. The folder is not synced.
 
-        It is opened before the other is closed: whatever is raised leaves the one in use open and in its place.
-        Raises what opening does, DiskFull as reopen() does, StoreReadOnly if it cannot be renamed.
+        It is opened before the other is closed. Raises what opening does, DiskFull as reopen() does, or
+        DataDirectoryReadOnly: the file in use then stays. Raises HalfDoneError where the new one is in use, but its
+        lock file could not be renamed: other programs would not meet the slots of this one's readers.
         """
         copy = os.path.join(self.path, COMPACT_NAME)
         try:
@@ -90,8 +95,15 @@ class MapFile:
         new = self._open(copy)
         try:
             with self._nobody_inside():
-                self._rename_copy(copy)
+                try:
+                    os.replace(copy, os.path.join(self.path, "data.mdb"))
+                except OSError as exc:
+                    raise from_os(exc, "cannot replace the file by its compact copy") from exc
                 new, self.env = self.env, new
+                try:
+                    os.replace(f"{copy}-lock", os.path.join(self.path, _LOCK_NAME))
+                except OSError as exc:
+                    raise HalfDoneError(f"the lock file cannot be renamed: {exc.strerror}") from exc
         finally:
             new.close()
 
@@ -160,17 +172,6 @@ class MapFile:
             finally:
                 self._reopening = False
                 self._gate.notify_all()
-
-    def _rename_copy(self, copy: str) -> None:
-        """Its lock file goes along: other programs that open the folder must meet the slots of this one's readers.
-
-        It goes first. Were the copy in place and the lock file not, the file in use would have lost its name.
-        """
-        try:
-            os.replace(f"{copy}-lock", os.path.join(self.path, _LOCK_NAME))
-            os.replace(copy, os.path.join(self.path, "data.mdb"))
-        except OSError as exc:
-            raise from_os(exc, "cannot replace the file by its compact copy") from exc
 
     def _open(self, path: str) -> Env:
         """Open a folder's data.mdb, or a file."""

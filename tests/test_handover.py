@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
+
+import pytest
 
 from sessiond.handover import Handover
 
@@ -60,3 +63,80 @@ def test_a_call_that_fails_does_not_keep_the_next_from_running():
         return seen
 
     assert asyncio.run(main()) == ["next"]
+
+
+class SteppedLoop:
+    """A loop that is run by hand; `inside` is called in the middle of waking it."""
+
+    def __init__(self) -> None:
+        self.ready = []
+        self.inside = lambda: None
+
+    def call_soon_threadsafe(self, function) -> None:
+        self.inside()
+        self.ready.append(function)
+
+    def run(self) -> None:
+        while self.ready:
+            self.ready.pop(0)()
+
+
+def test_a_call_that_meets_another_waking_the_loop_is_before_what_its_thread_asks_next():
+    """The other thread is held between deciding to wake the loop and doing so."""
+    loop, seen, deciding, go_on = SteppedLoop(), [], threading.Event(), threading.Event()
+    handover = Handover(loop)
+
+    def hold() -> None:
+        loop.inside = lambda: None
+        deciding.set()
+        assert go_on.wait(10)
+
+    loop.inside = hold
+    other = threading.Thread(target=lambda: handover.call(lambda: seen.append("other")))
+    other.start()
+    assert deciding.wait(10)
+
+    def mine() -> None:
+        handover.call(lambda: seen.append("mine"))
+        loop.call_soon_threadsafe(lambda: seen.append("mine next"))
+
+    me = threading.Thread(target=mine)
+    me.start()
+    me.join(0.2)  # it must wait for the other one
+    go_on.set()
+    other.join()
+    me.join()
+    loop.run()
+    assert seen.index("mine") < seen.index("mine next")
+
+
+def test_a_call_that_comes_as_the_last_one_was_taken_is_not_lost():
+    """A call from another thread at every moment of emptying: the waiting line itself makes it."""
+    loop, seen = SteppedLoop(), []
+    handover = Handover(loop)
+
+    class Line(deque):
+        late = 3
+
+        def __len__(self) -> int:  # what `while self._waiting` asks
+            n = super().__len__()
+            if n == 0 and self.late:
+                self.late -= 1
+                late = threading.Thread(target=lambda: handover.call(lambda: seen.append("late")))
+                late.start()
+                late.join()
+            return n
+
+    handover._waiting = Line()
+    handover.call(lambda: seen.append("first"))
+    loop.run()
+    assert seen == ["first", "late", "late", "late"]
+
+
+def test_a_closed_loop_is_told_every_time():
+    loop = asyncio.new_event_loop()
+    handover = Handover(loop)
+    loop.close()
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            handover.call(lambda: None)

@@ -130,6 +130,7 @@ class AdminServicer:
         interrupted run leaves the store whole, and the next goes on.
 
         * FAILED_PRECONDITION / STORE_READ_ONLY: a write failed earlier; restart first.
+        * FAILED_PRECONDITION / DATA_DIRECTORY_READ_ONLY: a compact copy cannot be made; the store goes on as it was.
         * RESOURCE_EXHAUSTED / DISK_FULL: no room for the compact copy.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

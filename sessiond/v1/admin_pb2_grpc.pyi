@@ -72,6 +72,7 @@ class AdminStub:
     interrupted run leaves the store whole, and the next goes on.
 
     * FAILED_PRECONDITION / STORE_READ_ONLY: a write failed earlier; restart first.
+    * FAILED_PRECONDITION / DATA_DIRECTORY_READ_ONLY: a compact copy cannot be made; the store goes on as it was.
     * RESOURCE_EXHAUSTED / DISK_FULL: no room for the compact copy.
     """
     DrainServer: _grpc.UnaryUnaryMultiCallable[_admin_pb2.DrainServerRequest, _admin_pb2.DrainServerResponse]
@@ -125,6 +126,7 @@ class AdminAsyncStub(AdminStub):
     interrupted run leaves the store whole, and the next goes on.
 
     * FAILED_PRECONDITION / STORE_READ_ONLY: a write failed earlier; restart first.
+    * FAILED_PRECONDITION / DATA_DIRECTORY_READ_ONLY: a compact copy cannot be made; the store goes on as it was.
     * RESOURCE_EXHAUSTED / DISK_FULL: no room for the compact copy.
     """
     DrainServer: _aio.UnaryUnaryMultiCallable[_admin_pb2.DrainServerRequest, _admin_pb2.DrainServerResponse]  # type: ignore[assignment]
@@ -205,6 +207,7 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         interrupted run leaves the store whole, and the next goes on.
 
         * FAILED_PRECONDITION / STORE_READ_ONLY: a write failed earlier; restart first.
+        * FAILED_PRECONDITION / DATA_DIRECTORY_READ_ONLY: a compact copy cannot be made; the store goes on as it was.
         * RESOURCE_EXHAUSTED / DISK_FULL: no room for the compact copy.
         """
 

@@ -65,7 +65,7 @@ class Mount:
         self._libc.umount2(os.fsencode(self.folder), _MNT_DETACH)
 
     def receive(self) -> tuple[int, int, int, bytes]:
-        """(opcode, unique, node, body) of the next request. Raises OSError (ENODEV) once unmounted."""
+        """(opcode, unique, node, body) of the next request. Raises OSError (ENODEV, ECONNABORTED) once unmounted."""
         raw = os.read(self.fd, BUFFER)
         _, opcode, unique, node, *_ = IN_HEADER.unpack_from(raw)
         return opcode, unique, node, raw[IN_HEADER.size :]
@@ -76,7 +76,7 @@ class Mount:
         try:
             os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size + len(data), error, unique) + data)
         except OSError as exc:
-            if exc.errno not in (errno.ENOENT, errno.ENODEV):
+            if exc.errno not in (errno.ENOENT, errno.ENODEV, errno.ECONNABORTED):
                 raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,16 @@ def make_store(root: Path, seed: int) -> Path:
     with Store.open(root / "data", **OPTIONS) as store:
         _put_large_cells(store, seed, range(LARGE_CELLS // 2, LARGE_CELLS))
         Workload(store, Oracle(root / "oracle"), seed).run(1)
+        _touch_sessions(store)
     return root / "data"
+
+
+def _touch_sessions(store: Store) -> None:
+    """Write every session again, otherwise and as long: an old page may then come back whole and valid."""
+    batch = LogBatch()
+    for record in store.log.sessions(TENANT):
+        batch.put_session(replace(record, labels={key: "x" * len(value) for key, value in record.labels.items()}))
+    store.log.write(batch).result()
 
 
 def _put_large_cells(store: Store, seed: int, numbers: range) -> None:

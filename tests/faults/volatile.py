@@ -115,7 +115,7 @@ class Volatile:
             try:
                 opcode, unique, node, body = mount.receive()
             except OSError as exc:
-                if exc.errno == errno.ENODEV:
+                if exc.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted; with requests under way, aborted
                     return
                 if exc.errno in (errno.EINTR, errno.ENOENT, errno.EAGAIN):
                     continue

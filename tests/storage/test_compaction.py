@@ -16,7 +16,7 @@ from sessiond.storage import compaction, mapfile, space
 from sessiond.storage.environment import Environment
 
 MAP = 256 << 20
-STEPS = ("start", "copied", "synced", "opened", "replaced", "taken", "folder synced")
+STEPS = ("start", "copied", "synced", "opened", "renamed", "taken", "folder synced")
 
 
 def put(key: bytes, value: bytes = b"v"):
@@ -133,22 +133,52 @@ def test_a_copy_that_fails_leaves_the_old_file(log_env, monkeypatch):
     assert all_values(log_env) == {**kept, b"after": b"v"}
 
 
-@pytest.mark.parametrize("failing", ["_open", "_rename_copy"])
+def failing_replace(nth: int):
+    calls = []
+
+    def replace(source: str, target: str) -> None:
+        calls.append(source)
+        if len(calls) == nth:
+            raise OSError(5, "Input/output error")
+        os.rename(source, target)
+
+    return replace
+
+
+def broken_open(self: object, path: str) -> None:
+    raise errors.StoreReadOnly("Input/output error")
+
+
+@pytest.mark.parametrize("failing", ["open", "rename"])
 def test_a_copy_that_cannot_be_opened_or_renamed_leaves_the_old_file_in_use(log_env, monkeypatch, failing):
     kept = fill(log_env)
-
-    def broken(*args: object) -> None:
-        raise errors.StoreReadOnly("Input/output error")
-
+    lock = os.stat(os.path.join(log_env._path, "lock.mdb")).st_ino
     with monkeypatch.context() as patch:
-        patch.setattr(mapfile.MapFile, failing, broken)
+        if failing == "open":
+            patch.setattr(mapfile.MapFile, "_open", broken_open)
+        else:
+            patch.setattr(mapfile.os, "replace", failing_replace(1))
         with pytest.raises(errors.DataDirectoryReadOnly, match="goes on with the file it has"):
             log_env.compact().result(10)
         assert not log_env.read_only
         assert all_values(log_env) == kept
     assert sorted(os.listdir(log_env._path)) == ["data.mdb", "lock.mdb"]
+    assert os.stat(os.path.join(log_env._path, "lock.mdb")).st_ino == lock
     log_env.submit([put(b"after")], 1).result()
     assert all_values(log_env) == {**kept, b"after": b"v"}
+
+
+def test_without_its_lock_file_the_new_file_is_read_only(log_env, monkeypatch):
+    """Another program that opens the folder would not be seen as a reader: no page may be used again."""
+    kept = fill(log_env)
+    with monkeypatch.context() as patch:
+        patch.setattr(mapfile.os, "replace", failing_replace(2))
+        with pytest.raises(errors.StoreReadOnly):
+            log_env.compact().result(10)
+    assert log_env.read_only
+    with pytest.raises(errors.StoreReadOnly):
+        log_env.submit([put(b"after")], 1).result()
+    assert all_values(log_env) == kept
 
 
 def test_a_folder_that_cannot_be_synced_makes_the_store_read_only(log_env, monkeypatch):
@@ -203,7 +233,7 @@ def die_at(path: Path, step: str) -> None:
     compaction._write_copy = dying("synced", compaction._write_copy)
     for name, method in {"opened": "_open", "taken": "take_copy"}.items():
         setattr(mapfile.MapFile, method, dying(name, getattr(mapfile.MapFile, method)))
-    mapfile.os.replace = dying("replaced", os.replace)
+    mapfile.os.replace = dying("renamed", os.replace)
     compaction.sync_folder = dying("folder synced", compaction.sync_folder)
     if step == "copied":
         compaction.os.fsync = lambda fd: os._exit(9)

@@ -357,3 +357,32 @@ def test_a_file_that_is_no_database_is_reported(tmp_path):
     (folder / "data.mdb").write_bytes(os.urandom(16384))
     with pytest.raises(errors.RecordCorrupt):
         Environment(str(folder), map_bytes=1 << 20)
+
+
+def test_a_full_queue_makes_writers_wait_and_closing_lets_them_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "QUEUED_BATCHES", 2)
+    env = Environment(str(tmp_path / "e"), map_bytes=1 << 20)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(txn) -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    env.submit([slow], 1)
+    assert begun.wait(10)
+    for i in range(2):
+        env.submit([put(b"queued%d" % i)], 1)
+    third = threading.Thread(target=lambda: env.submit([put(b"third")], 1).result(10))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive(), "the queue has no bound"
+    closing = threading.Thread(target=env.close)
+    closing.start()
+    go_on.set()
+    third.join(10)
+    closing.join(10)
+    assert not third.is_alive()
+    assert not closing.is_alive()
+    reopened = Environment(str(tmp_path / "e"), map_bytes=1 << 20)
+    assert len(values(reopened)) == 3
+    reopened.close()
