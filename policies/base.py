@@ -40,6 +40,11 @@ class LayerView:
 class Selector:
     """What a policy knows of one layer of one session. This one lets everything take part."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that its index takes; 0 where it keeps a few numbers at most."""
+        return 0
+
     def keep(self, n: int) -> None:
         """Forget what was derived from positions from `n` on: they are gone, or about to be computed again."""
 

@@ -59,6 +59,10 @@ class SieveSelector(Selector):
         self._policy = policy
         self._index = QuantizedKeys(policy.bits)
 
+    @property
+    def nbytes(self) -> int:
+        return self._index.nbytes
+
     def keep(self, n: int) -> None:
         self._index.keep(n)
 

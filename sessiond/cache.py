@@ -82,8 +82,9 @@ class SessionCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tokens held now occupy."""
-        return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token
+        """Bytes of memory that the tokens held now occupy, and what a policy derived from them."""
+        derived = self.selection.nbytes if self.selection else 0
+        return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token + derived
 
     def use_huge_pages(self) -> None:
         """Take memory in huge pages: what is reserved then counts whole."""

@@ -23,6 +23,11 @@ class Selection:
         self.failure: Exception | None = None
         self._selectors: list[Selector | None] = [policy.selector(layer, n_layers) for layer in range(n_layers)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that what the selectors derived occupies."""
+        return sum(selector.nbytes for selector in self._selectors if selector is not None)
+
     def begin_turn(self, turn_start: int) -> None:
         """A turn's own tokens stand at `turn_start` and behind."""
         self.turn_start, self.failure = turn_start, None
@@ -42,7 +47,7 @@ class Selection:
         history that is computed again.
         """
         selector = self._selectors[layer]
-        if selector is None or self.failure is not None or position < self.turn_start or self.turn_start == 0:
+        if selector is None or self.failure is not None or position < self.turn_start:
             return None
         end = position + query.shape[1]
         view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling)
