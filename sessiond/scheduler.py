@@ -143,16 +143,26 @@ class TurnWork:
         self.ended_before: Ended | None = None
         if self.replayed:
             self.replayed[-1], self.ended_before = self._ending(self.replayed[-1])
-        cache.use(policy, turn_start)
-        self._plan(list(logged), cell_tokens, seal and policy.dense_prompt)
+        self._plan(list(logged), cell_tokens, seal, policy, turn_start)
 
-    def _plan(self, logged: list[int], cell_tokens: int, seal: bool) -> None:
-        """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits."""
+    def _plan(self, logged: list[int], cell_tokens: int, seal: bool, policy: Policy, turn_start: int) -> None:
+        """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits.
+
+        History that is missing comes first, in pieces of its own where the policy chooses for the prompt. Its last
+        token is always missing, as an answer's last one is never fed; alone it goes with the prompt.
+        """
         cache, n_prompt = self.cache, len(self.tokens)
         have = min(cache.length, n_prompt + len(logged) - 1)
         if have < cache.length:
             cache.truncate(have, cell_tokens)
-        self.pieces = deque(plan_prefill(max(cache.sealed, cache.borrowed), have, n_prompt, cell_tokens, seal))
+        own = min(have, turn_start) if have >= turn_start - 1 else turn_start
+        cache.use(policy, own)
+        canonical = max(cache.sealed, cache.borrowed)
+        if policy.dense_prompt:
+            self.pieces = deque(plan_prefill(canonical, have, n_prompt, cell_tokens, seal))
+        else:
+            history = plan_prefill(canonical, have, own, cell_tokens, seal)
+            self.pieces = deque([*history, *plan_prefill(own, max(have, own), n_prompt, cell_tokens, False)])
         self.pending = deque(logged[max(0, have - n_prompt) :])
 
     def recomputed(self, start: int, end: int) -> int:

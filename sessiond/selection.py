@@ -43,13 +43,14 @@ class Selection:
     ) -> Tensor | None:
         """Earlier positions that take part for queries [H, Q, D] at `position` and on; None: all (LayerView, Selector).
 
-        keys and values [G, capacity, D] hold the queries' own already. What lies before the turn attends to all: it is
-        history that is computed again.
+        keys and values [G, capacity, D] hold the queries' own already. History that is computed again attends to all,
+        also where a piece of a prompt begins in it.
         """
-        selector = self._selectors[layer]
-        if selector is None or self.failure is not None or position < self.turn_start:
+        selector, end = self._selectors[layer], position + query.shape[1]
+        if selector is None or self.failure is not None or end <= self.turn_start:
             return None
-        end = position + query.shape[1]
+        if position < self.turn_start and not self.policy.dense_prompt:
+            return None
         view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling)
         try:
             chosen = selector.step(view) if decoding else selector.prompt(view)

@@ -63,20 +63,28 @@ async def test_a_session_lives_under_it_over_turns_a_fork_and_a_restart(daemons:
         assert dict(summary.findings) == {}
 
 
-async def test_a_turn_may_have_its_own_and_the_session_another_one_at_any_time(peer: Peer):
-    sessions = [await peer.create(system="Be brief.") for _ in range(2)]
-    said: list[list[int]] = []
-    for session in sessions:
-        name = session.session_id
-        for turn_policy in ("window", "sieve", "h2o"):
-            said.append((await peer.turn(name, TEXTS[2], max_tokens=N, policy=policy(turn_policy))).ids)
-        found = await peer.get(name)
-        assert found.policy.name == "full"
-        found.policy.name = "window"
-        assert (await peer.update(found, "policy")).policy.name == "window"
-        await peer.settled(name)
-        said.append((await peer.turn(name, TEXTS[1], max_tokens=N, policy="full")).ids)
-    assert said[:4] == said[4:], "the same turns under the same policies give the same tokens"
+async def test_a_turn_may_have_its_own_and_the_session_another_one_at_any_time(peer: Peer, monkeypatch):
+    """Which one chose is told by one that cannot."""
+    session = (await peer.create(system="Be brief.")).session_id
+    await peer.turn(session, TEXTS[0], max_tokens=N)
+
+    def broken(self, view):
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(WindowSelector, "prompt", broken)
+
+    async def complains(**options) -> bool:
+        return bool((await peer.turn(session, TEXTS[1], max_tokens=N, **options)).finished.notices)
+
+    assert not await complains()
+    assert await complains(policy=policy("window"))
+    found = await peer.get(session)
+    assert found.policy.name == "full"
+    found.policy.name = "window"
+    assert (await peer.update(found, "policy")).policy.name == "window"
+    assert await complains()
+    assert not await complains(policy="sieve")
+    assert not await complains(policy="full")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_t
 from kernel_marks import needs_avx512_bf16
 
 from sessiond.policies.registry import POLICIES, parse
+from sessiond.policies.window import WindowSelector
 
 # Small enough to leave tokens out from the second turn on.
 SMALL: dict[str, dict[str, Any]] = {
@@ -94,8 +95,6 @@ def test_before_it_is_sealed_kv_computed_under_a_window_is_another():
 
 
 def test_a_policy_that_raises_is_not_asked_again_and_the_turn_ends_as_under_full(model, monkeypatch):
-    from sessiond.policies.window import WindowSelector
-
     def broken(self, view):
         raise RuntimeError("no answer")
 
@@ -106,3 +105,43 @@ def test_a_policy_that_raises_is_not_asked_again_and_the_turn_ends_as_under_full
         converse(one, [("full", {}), (name, SMALL[name])])
     assert session.log == other.log
     assert isinstance(session.cache.selection.failure, RuntimeError)
+
+
+class Asked:
+    """What a window's selector was asked: (first query, number of queries, earlier positions, those chosen)."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls: list[tuple[str, int, int, int, int]] = []
+        for hook in ("prompt", "step"):
+            real = getattr(WindowSelector, hook)
+
+            def asked(selector, view, hook=hook, real=real):
+                chosen = real(selector, view)
+                self.calls.append((hook, view.start, view.query.shape[1], view.turn_start, chosen.shape[1]))
+                return chosen
+
+            monkeypatch.setattr(WindowSelector, hook, asked)
+
+
+def test_a_turns_prompt_is_chosen_for_with_the_answers_last_token_that_was_never_fed(monkeypatch):
+    model = make_pair("llama").ours
+    session, asked = Session(model), Asked(monkeypatch)
+    converse(session, [("full", {}), ("window", SMALL["window"])])
+    history = INPUTS[0] + ANSWER
+    layers = model.shape.n_layers
+    prompts = [call for call in asked.calls if call[0] == "prompt"]
+    assert prompts == [("prompt", history - 1, INPUTS[1] + 1, history - 1, 2)] * layers  # the recent ones are its own
+    steps = [call for call in asked.calls if call[0] == "step"]
+    assert len(steps) == (ANSWER - 1) * layers
+
+
+def test_history_that_was_lost_is_computed_with_full_attention_first(monkeypatch):
+    model = make_pair("llama").ours
+    session = Session(model)
+    converse(session, [("full", {})])
+    session.cache = model.new_cache()
+    asked = Asked(monkeypatch)
+    ids = random_ids(INPUTS[1], 1)
+    session.run(ids, ANSWER, policy=parse("window", SMALL["window"]), turn_start=len(session.log))
+    history = INPUTS[0] + ANSWER
+    assert {call[1:4] for call in asked.calls if call[0] == "prompt"} == {(history, INPUTS[1], history)}
