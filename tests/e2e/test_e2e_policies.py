@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from e2e_daemon import Daemons, Peer, peer_of, refused
 from grpc import StatusCode
+from small_policies import SMALL
 
 from sessiond.policies.registry import POLICIES
 from sessiond.policies.window import WindowSelector
@@ -13,16 +14,6 @@ from sessiond.v1 import sessions_pb2 as pb
 
 N = 12
 TEXTS = ("word " * 70 + "one", "And two", "word " * 40 + "three", "And four")
-SMALL: dict[str, dict[str, object]] = {
-    "full": {},
-    "window": {"sinks": 2, "recent": 24},
-    "h2o": {"budget": 24, "recent": 8},
-    "snapkv": {"budget": 16, "window": 8, "once": True},
-    "adakv": {"budget": 16, "window": 8},
-    "quest": {"budget": 16, "dense_layers": 0},
-    "rocketkv": {"budget": 32, "window": 8, "kernel": 7},
-    "sieve": {"least": 4, "most": 16},
-}
 
 
 def policy(name: str) -> dict[str, object]:

@@ -10,21 +10,11 @@ import pytest
 import torch
 from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_threads
 from kernel_marks import needs_avx512_bf16
+from small_policies import SMALL
 
 from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
 
-# Small enough to leave tokens out from the second turn on.
-SMALL: dict[str, dict[str, Any]] = {
-    "full": {},
-    "window": {"sinks": 2, "recent": 24},
-    "h2o": {"budget": 24, "recent": 8},
-    "snapkv": {"budget": 16, "window": 8, "once": True},
-    "adakv": {"budget": 16, "window": 8},
-    "quest": {"budget": 16, "dense_layers": 0},
-    "rocketkv": {"budget": 32, "window": 8, "kernel": 7},
-    "sieve": {"least": 4, "most": 16},
-}
 INPUTS = (40, 63, 127, 128, 129, 5, 37, 90, 1, 16)
 ANSWER = 4
 
