@@ -111,3 +111,34 @@ def attend_few(
         torch.get_num_threads(),
     )
     return out
+
+
+def attend_chosen(
+    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, own: slice, scaling: float, scratch: Scratch
+) -> Tensor:
+    """query [H, Q, D] over the positions `chosen` [G, K] of keys and values [G, T, D], and over `own`, causally.
+
+    `own` ends with the queries' own positions. Rows of `chosen` may end with -1: no position. Returns [Q, H, D].
+    """
+    n_groups, k = chosen.shape
+    n_new, head_dim = query.shape[1], query.shape[2]
+    n = k + own.stop - own.start
+    room = -(-n // 64) * 64  # whole tiles
+    taken: list[Tensor] = []
+    for name, source in (("chosen keys", keys), ("chosen values", values)):
+        into = scratch.take(name, n_groups * room * head_dim, source.dtype).view(n_groups, room, head_dim)
+        for group in range(n_groups):
+            torch.index_select(source[group], 0, chosen[group].clamp(min=0), out=into[group, :k])
+        into[:, k:n] = source[:, own]
+        into[:, n:] = 0
+        taken.append(into)
+    if few_tokens_supported(query) and not bool((chosen < 0).any()):
+        return attend_few(query, taken[0], taken[1], n - n_new, None, scaling, scratch)
+    grouped = query.view(n_groups, -1, n_new, head_dim)
+    scores = (grouped.float() * scaling) @ taken[0][:, None, :n].float().transpose(-1, -2)
+    places = torch.arange(n)
+    later = places > torch.arange(n - n_new, n)[:, None]
+    absent = torch.cat([chosen < 0, torch.zeros(n_groups, n - k, dtype=torch.bool)], 1)
+    weights = scores.masked_fill(later | absent[:, None, None], float("-inf")).softmax(-1)
+    out = weights.to(query.dtype) @ taken[1][:, None, :n]
+    return out.reshape(-1, n_new, head_dim).transpose(0, 1)

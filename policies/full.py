@@ -11,6 +11,10 @@ class Full:
     """Attend to all tokens. No knobs."""
 
     name: ClassVar[str] = "full"
+    dense_prompt: ClassVar[bool] = True
 
     def knobs(self) -> dict[str, Any]:
         return {}
+
+    def selector(self, layer: int, n_layers: int) -> None:
+        return None

@@ -6,18 +6,41 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sessiond.errors import UnknownPolicy
+from sessiond.policies.adakv import AdaKV
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
+from sessiond.policies.h2o import H2O
+from sessiond.policies.quest import Quest
+from sessiond.policies.rocketkv import RocketKV
+from sessiond.policies.sieve import Sieve
+from sessiond.policies.snapkv import SnapKV
+from sessiond.policies.window import Window
 
-POLICIES: dict[str, Callable[..., Policy]] = {"full": Full}
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "full": Full,
+    "window": Window,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "adakv": AdaKV,
+    "quest": Quest,
+    "rocketkv": RocketKV,
+    "sieve": Sieve,
+}
 
 
 def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
-    """The policy of that name with those knobs. Raises UnknownPolicy for an unknown name or knob."""
+    """The policy of that name with those knobs; whole numbers may come as 4.0, as protobuf's Struct has them.
+
+    Raises UnknownPolicy for an unknown name or knob, InvalidConfig for a knob outside its range.
+    """
     factory = POLICIES.get(name)
     if factory is None:
         raise UnknownPolicy(f"no policy {name!r}; there are {', '.join(sorted(POLICIES))}", policy=name)
     try:
-        return factory(**knobs)
+        return factory(**{knob: _number(value) for knob, value in knobs.items()})
     except TypeError as error:
         raise UnknownPolicy(f"policy {name!r}: {error}", policy=name) from error
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sessiond.cache import KEY_GRANULE, PackedSpan
-from sessiond.kernels.attention import Scratch, attend_few, attend_reference, few_tokens_supported
+from sessiond.kernels.attention import Scratch, attend_chosen, attend_few, attend_reference, few_tokens_supported
 
 NAME = "sessiond"
 
@@ -29,6 +29,11 @@ def attend(query: Tensor, span: PackedSpan, layer: int, scaling: float, window: 
     Returns [Q, H, D].
     """
     keys, values = span.cache.keys[layer], span.cache.values[layer]
+    if span.selection is not None and window is None:  # a sliding layer sees little as it is
+        chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, decoding=span.decoding)
+        if chosen is not None:
+            own = slice(span.selection.turn_start, span.position + query.shape[1])
+            return attend_chosen(query, keys, values, chosen, own, scaling, scratch)
     if few_tokens_supported(query):
         return attend_few(query, keys, values, span.position, window, scaling, scratch)
     # keys in [first, last) take part; those in [open_end, last) differ by query and are masked

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sessiond.policies.base import Policy
+from sessiond.selection import Selection
 from sessiond.types import KVShape, Span
 
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -64,11 +66,25 @@ class SessionCache:
         self.length = 0
         self.sealed = 0
         self.borrowed = 0
+        self.selection: Selection | None = None  # None: everything takes part
+
+    def use(self, policy: Policy, turn_start: int) -> None:
+        """Let `policy` choose for a turn whose own tokens stand at `turn_start`. What it derived before is kept."""
+        if self.selection is None or self.selection.policy != policy:
+            self.selection = None if policy.name == "full" else Selection(policy, self.shape.n_layers)
+        if self.selection is not None:
+            self.selection.begin_turn(turn_start)
+
+    def about_to_compute(self, position: int) -> None:
+        """Positions from here on get new KV: what was derived from theirs goes."""
+        if self.selection is not None:
+            self.selection.keep(position)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tokens held now occupy."""
-        return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token
+        """Bytes of memory that the tokens held now occupy, and what a policy derived from them."""
+        derived = self.selection.nbytes if self.selection else 0
+        return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token + derived
 
     def use_huge_pages(self) -> None:
         """Take memory in huge pages: what is reserved then counts whole."""
@@ -102,6 +118,7 @@ class SessionCache:
     def clear(self) -> None:
         """Zero all memory and hold nothing."""
         self.epoch += 1
+        self.selection = None
         for layer in range(self.shape.n_layers):
             self.keys[layer].zero_()
             self.values[layer].zero_()
@@ -114,6 +131,7 @@ class SessionCache:
         """
         if length < self.length:
             self.epoch += 1  # before the bytes change: who copies looks at it last
+        self.about_to_compute(length)
         if length < self._written:
             for layer in range(self.shape.n_layers):
                 self.keys[layer][:, length : self._written].zero_()
@@ -144,10 +162,21 @@ class SessionCache:
 class PackedSpan:
     """Rows [start, end) of a packed step: tokens of one session at `position` and on."""
 
-    __slots__ = ("_masks", "cache", "end", "position", "start")
+    __slots__ = ("_masks", "cache", "decoding", "end", "position", "selection", "start")
 
-    def __init__(self, cache: SessionCache, start: int, end: int, position: int) -> None:
+    def __init__(
+        self,
+        cache: SessionCache,
+        start: int,
+        end: int,
+        position: int,
+        selection: Selection | None = None,
+        *,
+        decoding: bool = False,
+    ) -> None:
         self.cache = cache
+        self.selection = selection
+        self.decoding = decoding
         self.start = start
         self.end = end
         self.position = position

@@ -19,6 +19,7 @@ from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.kernels.attention import Scratch
 from sessiond.kernels.linear import linear
 from sessiond.kernels.native_library import AVX512_BF16
+from sessiond.selection import Selection
 from sessiond.types import KVShape
 
 # Architectures proven against transformers' own generate (tests/test_architectures.py).
@@ -32,11 +33,16 @@ _DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.floa
 
 @dataclass(frozen=True, slots=True)
 class Feed:
-    """Token ids of one session to compute at [position, position + len(ids))."""
+    """Token ids of one session to compute at [position, position + len(ids)).
+
+    `selection`: what chooses the tokens that they attend to; None: all. `decoding`: they are no part of a prompt.
+    """
 
     cache: SessionCache
     ids: Sequence[int]
     position: int
+    selection: Selection | None = None
+    decoding: bool = False
 
 
 class Model:
@@ -126,7 +132,9 @@ class Model:
         positions: list[int] = []
         spans: list[PackedSpan] = []
         for feed in feeds:
-            spans.append(PackedSpan(feed.cache, len(ids), len(ids) + len(feed.ids), feed.position))
+            feed.cache.about_to_compute(feed.position)
+            rows = len(ids), len(ids) + len(feed.ids)
+            spans.append(PackedSpan(feed.cache, *rows, feed.position, feed.selection, decoding=feed.decoding))
             ids.extend(feed.ids)
             positions.extend(range(feed.position, feed.position + len(feed.ids)))
         output = self.module(

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from sessiond.cache import SessionCache
 from sessiond.model import Feed, Model
+from sessiond.policies.base import Policy
+from sessiond.policies.full import Full
 from sessiond.sampling import Sampled, Sampler
 from sessiond.textstream import StopHit, TextStream
 from sessiond.types import FinishReason
+
+FULL = Full()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class TurnWork:
     `tokens`: all log tokens up to the end of the prompt. `logged`: tokens this turn generated before it was
     interrupted; they are fed one at a time, as when they were sampled, so that sampling goes on as if nothing happened.
     `known`: positions of the history whose KV had been computed before; computing them again is counted.
+    `policy` decides which positions before `turn_start` its tokens attend to. What it computes then is provisional,
+    unless prompts attend to everything.
     """
 
     def __init__(
@@ -115,6 +121,8 @@ class TurnWork:
         stop_ids: frozenset[int],
         sampler: Sampler,
         stream: TextStream,
+        policy: Policy = FULL,
+        turn_start: int = 0,
     ) -> None:
         self.turn_id = turn_id
         self.cache = cache
@@ -135,15 +143,26 @@ class TurnWork:
         self.ended_before: Ended | None = None
         if self.replayed:
             self.replayed[-1], self.ended_before = self._ending(self.replayed[-1])
-        self._plan(list(logged), cell_tokens, seal)
+        self._plan(list(logged), cell_tokens, seal, policy, turn_start)
 
-    def _plan(self, logged: list[int], cell_tokens: int, seal: bool) -> None:
-        """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits."""
+    def _plan(self, logged: list[int], cell_tokens: int, seal: bool, policy: Policy, turn_start: int) -> None:
+        """What to compute: the pieces of the prompt, then single tokens. The last one is always fed, for its logits.
+
+        History that is missing comes first, in pieces of its own where the policy chooses for the prompt. Its last
+        token is always missing, as an answer's last one is never fed; alone it goes with the prompt.
+        """
         cache, n_prompt = self.cache, len(self.tokens)
         have = min(cache.length, n_prompt + len(logged) - 1)
         if have < cache.length:
             cache.truncate(have, cell_tokens)
-        self.pieces = deque(plan_prefill(max(cache.sealed, cache.borrowed), have, n_prompt, cell_tokens, seal))
+        own = min(have, turn_start) if have >= turn_start - 1 else turn_start
+        cache.use(policy, own)
+        canonical = max(cache.sealed, cache.borrowed)
+        if policy.dense_prompt:
+            self.pieces = deque(plan_prefill(canonical, have, n_prompt, cell_tokens, seal))
+        else:
+            history = plan_prefill(canonical, have, own, cell_tokens, seal)
+            self.pieces = deque([*history, *plan_prefill(own, max(have, own), n_prompt, cell_tokens, False)])
         self.pending = deque(logged[max(0, have - n_prompt) :])
 
     def recomputed(self, start: int, end: int) -> int:
@@ -265,7 +284,7 @@ class Scheduler:
         piece = work.pieces.popleft()
         last = not work.pieces
         wants_token = last and not work.pending
-        feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start)
+        feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start, work.cache.selection)
         logits = self.model.step([feed], [piece.end - piece.start - 1] if wants_token else [])
         work.after_piece(piece)
         self.counters.prefilled += piece.end - piece.start
@@ -283,7 +302,10 @@ class Scheduler:
         return events
 
     def _decode(self, works: list[TurnWork]) -> list[Event]:
-        feeds = [Feed(work.cache, [work.pending.popleft()], work.cache.length) for work in works]
+        feeds = [
+            Feed(work.cache, [work.pending.popleft()], work.cache.length, work.cache.selection, decoding=True)
+            for work in works
+        ]
         rows = [row for row, work in enumerate(works) if not work.pending]
         logits = self.model.step(feeds, rows)
         for work in works:

@@ -159,6 +159,8 @@ class Turn:
             stop_ids=self._stop_ids,
             sampler=sampler,
             stream=self._text,
+            policy=plan.policy,
+            turn_start=len(live.ids),
         )
         for token in work.replayed:
             self.stream.tokens.append(Tokens.of(token))
@@ -318,7 +320,14 @@ class Turn:
             tokens_per_second=(count - 1) / decoding if count > 1 and decoding > 0 else 0.0,
             answer=answer,
             memory={"device": cache.nbytes if cache else 0},
+            notices=self._notices(),
         )
+
+    def _notices(self) -> tuple[str, ...]:
+        selection = self.live.cache.selection if self.live.cache else None
+        if selection is None or selection.failure is None:
+            return ()
+        return (f"policy {selection.policy.name!r} failed ({selection.failure}): from then on all tokens took part",)
 
     async def _fail(self, error: SessiondError) -> None:
         """Tell the client and the log. The session keeps its head.

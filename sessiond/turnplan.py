@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sessiond.policies import registry
+from sessiond.policies.base import Policy
 from sessiond.sampling import SamplingParams
 from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.template import Message
@@ -24,3 +26,9 @@ class TurnPlan:
     logged: tuple[int, ...] = ()
     attachment: str = "started"
     abort_on_disconnect: bool = False
+
+    @property
+    def policy(self) -> Policy:
+        """The turn's own, or else the session's."""
+        name, knobs = self.request.params.get("policy") or (self.record.policy["name"], self.record.policy["knobs"])
+        return registry.parse(str(name), knobs)

@@ -62,6 +62,7 @@ LAYERS: list[list[str]] = [
     ["restoring"],
     ["cachememory"],
     ["cache"],
+    ["selection"],
     ["verify", "pacing"],
     ["collector"],
     ["secondlook", "mending"],
@@ -96,8 +97,8 @@ RESTRICTED: dict[str, list[str]] = {
     "grpc_status": ["server", "clients.*"],
     "transformers": ["model", "attention", "cache", "modelconvert"],
     "torch": [
-        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "policies.*", "kernels.*",
-        "modelconvert",
+        "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "policies.*",
+        "kernels.*", "modelconvert",
     ],
     "lmdb": ["storage.*"],
     "sqlalchemy": ["storage.*", "doctor_place"],

@@ -1,0 +1,62 @@
+"""Choices that no daemon can make, or should: the ceiling and the floor of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.choosing import attention_weights, top
+
+
+@dataclass(frozen=True, slots=True)
+class Oracle:
+    """The tokens with the highest true weights, at each step, head by head: reads every key exactly."""
+
+    name: ClassVar[str] = "oracle"
+    dense_prompt: ClassVar[bool] = True
+    budget: int = 256
+
+    def knobs(self) -> dict[str, Any]:
+        return {"budget": self.budget}
+
+    def selector(self, layer: int, n_layers: int) -> Selector:
+        return _OracleSelector(self.budget)
+
+
+class _OracleSelector(Selector):
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+
+    def step(self, view: LayerView) -> Tensor:
+        weights = attention_weights(view, 1)[:, :, 0].mean(1)
+        return top(weights[:, : view.turn_start], self._budget)
+
+
+@dataclass(frozen=True, slots=True)
+class Random:
+    """Other tokens at each step, drawn anew."""
+
+    name: ClassVar[str] = "random"
+    dense_prompt: ClassVar[bool] = False
+    budget: int = 256
+
+    def knobs(self) -> dict[str, Any]:
+        return {"budget": self.budget}
+
+    def selector(self, layer: int, n_layers: int) -> Selector:
+        return _RandomSelector(self.budget, layer)
+
+
+class _RandomSelector(Selector):
+    def __init__(self, budget: int, seed: int) -> None:
+        self._budget = budget
+        self._draw = torch.Generator().manual_seed(seed)
+
+    def prompt(self, view: LayerView) -> Tensor:
+        return top(torch.rand(view.keys.shape[0], view.turn_start, generator=self._draw), self._budget)
+
+    step = prompt

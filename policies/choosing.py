@@ -1,0 +1,40 @@
+"""Arithmetic that several policies share: true attention weights, and the best k positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sessiond.policies.base import LayerView
+
+
+def attention_weights(view: LayerView, last: int) -> Tensor:
+    """Softmax weights of the `last` newest queries over all T keys, causal, fp32: [G, H // G, last, T]."""
+    query = view.grouped[:, :, -last:].float()
+    n_keys = view.keys.shape[1]
+    scores = query @ view.keys.float()[:, None].transpose(-1, -2) * view.scaling
+    positions = torch.arange(n_keys - last, n_keys)[:, None]
+    return scores.masked_fill(torch.arange(n_keys) > positions, float("-inf")).softmax(-1)
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Positions of the `k` highest scores [G, T] of each row, ascending; all, if there are no more. Ties: the earlier.
+
+    The same scores give the same choice on every run. NaN comes last.
+    """
+    n_groups, n = scores.shape
+    if k >= n:
+        return torch.arange(n).expand(n_groups, -1)
+    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    # A stable sort says the same in several times the time. Of topk only the values are sure, not its order of ties.
+    least = scores.topk(max(k, 1), -1).values.amin(-1, keepdim=True)
+    above, tied = scores > least, scores == least
+    room = k - above.sum(-1, keepdim=True)
+    return (above | tied & (tied.cumsum(-1) <= room)).nonzero()[:, 1].view(n_groups, k)
+
+
+def ascending(positions: Tensor) -> Tensor:
+    """Each row of `positions` [G, K] sorted, with its -1 at the end."""
+    after_all = torch.iinfo(positions.dtype).max
+    ordered = positions.masked_fill(positions < 0, after_all).sort(-1).values
+    return ordered.masked_fill(ordered == after_all, -1)

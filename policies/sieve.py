@@ -1,0 +1,84 @@
+"""Sieve, our own: a few-bit copy of every key points at the tokens that matter; those are read exactly.
+
+Measured on SmolLM2 a 4-bit index chooses within noise of an oracle that knows all scores, where pages and landmarks do
+not (METHODS.md). The budget is not a fixed k: a step takes as many tokens as its estimated attention mass needs, one
+count for all heads of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sessiond.errors import InvalidConfig
+from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.choosing import top
+from sessiond.policies.knobs import share, whole
+from sessiond.policies.quantized import BITS, QuantizedKeys
+
+
+@dataclass(frozen=True, slots=True)
+class Sieve:
+    """Attend to the fewest tokens whose estimated weights reach `mass`: at least `least`, at most `most`.
+
+    `bits`: of a key's numbers in the index. `dense_layers`: so many first layers attend to everything.
+    """
+
+    name: ClassVar[str] = "sieve"
+    dense_prompt: ClassVar[bool] = True
+    bits: int = 4
+    mass: float = 0.99
+    least: int = 64
+    most: int = 512
+    dense_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            told = f"policy {self.name!r}: bits must be one of {BITS}, not {self.bits!r}"
+            raise InvalidConfig(told, policy=self.name, knob="bits", range=str(BITS))
+        share(self.name, "mass", self.mass)
+        whole(self.name, "most", self.most, 1, 1 << 20)
+        whole(self.name, "least", self.least, 1, self.most)
+        whole(self.name, "dense_layers", self.dense_layers, 0, 1 << 10)
+
+    def knobs(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits, "mass": self.mass, "least": self.least, "most": self.most,
+            "dense_layers": self.dense_layers,
+        }  # fmt: skip
+
+    def selector(self, layer: int, n_layers: int) -> Selector | None:
+        return None if layer < self.dense_layers else SieveSelector(self)
+
+
+class SieveSelector(Selector):
+    def __init__(self, policy: Sieve) -> None:
+        self._policy = policy
+        self._index = QuantizedKeys(policy.bits)
+
+    @property
+    def nbytes(self) -> int:
+        return self._index.nbytes
+
+    def keep(self, n: int) -> None:
+        self._index.keep(n)
+
+    def step(self, view: LayerView) -> Tensor:
+        """Weights are estimated over all earlier tokens, the turn's own among them: what those hold is not missing."""
+        self._index.extend(view.keys)
+        n_groups, n_share, _, head_dim = view.grouped.shape
+        query = view.grouped.reshape(n_groups, n_share, head_dim)
+        weights = (self._index.scores(query, view.keys.shape[1]) * view.scaling).softmax(-1).mean(1)
+        own = weights[:, view.turn_start :].sum(-1)
+        earlier = weights[:, : view.turn_start]
+        return top(earlier, self._count(earlier, own))
+
+    def _count(self, earlier: Tensor, own: Tensor) -> int:
+        """How many of the heaviest tokens every head needs for `mass`, rounded up to 16."""
+        policy = self._policy
+        held = torch.cumsum(earlier.sort(-1, descending=True).values, -1) + own[:, None]
+        needed = int((held < policy.mass).sum(-1).max()) + 1
+        return max(policy.least, min(policy.most, -(-needed // 16) * 16))

@@ -1,0 +1,48 @@
+"""The first tokens and the last ones: StreamingLLM (Xiao et al. 2023, arXiv 2309.17453), at original positions.
+
+What lies between is not attended, and not lost: the next turn may look at it under another policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.knobs import whole
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Attend to `sinks` first tokens and the `recent` newest ones, the turn's own among them."""
+
+    name: ClassVar[str] = "window"
+    dense_prompt: ClassVar[bool] = False
+    sinks: int = 4
+    recent: int = 508
+
+    def __post_init__(self) -> None:
+        whole(self.name, "sinks", self.sinks, 0, 1 << 20)
+        whole(self.name, "recent", self.recent, 1, 1 << 20)
+
+    def knobs(self) -> dict[str, Any]:
+        return {"sinks": self.sinks, "recent": self.recent}
+
+    def selector(self, layer: int, n_layers: int) -> Selector:
+        return WindowSelector(self)
+
+
+class WindowSelector(Selector):
+    def __init__(self, policy: Window) -> None:
+        self._policy = policy
+
+    def prompt(self, view: LayerView) -> Tensor:
+        sinks = torch.arange(min(self._policy.sinks, view.turn_start))
+        first = max(len(sinks), view.keys.shape[1] - self._policy.recent)
+        recent = torch.arange(min(first, view.turn_start), view.turn_start)
+        return torch.cat([sinks, recent]).expand(view.keys.shape[0], -1)
+
+    step = prompt

@@ -1,0 +1,61 @@
+"""A policy at work in one session: asks its selectors, layer by layer, which tokens take part.
+
+What selectors derive from KV must not outlive it: `keep` is called whenever positions are given up or computed again.
+A selector that raises is not asked again in that turn: attention is then full, which is always right.
+"""
+
+from __future__ import annotations
+
+import structlog
+from torch import Tensor
+
+from sessiond.policies.base import LayerView, Policy, Selector
+
+log = structlog.get_logger()
+
+
+class Selection:
+    """Owned by whoever owns the session's cache, whose KV it speaks of."""
+
+    def __init__(self, policy: Policy, n_layers: int) -> None:
+        self.policy = policy
+        self.turn_start = 0
+        self.failure: Exception | None = None
+        self._selectors: list[Selector | None] = [policy.selector(layer, n_layers) for layer in range(n_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that what the selectors derived occupies."""
+        return sum(selector.nbytes for selector in self._selectors if selector is not None)
+
+    def begin_turn(self, turn_start: int) -> None:
+        """A turn's own tokens stand at `turn_start` and behind."""
+        self.turn_start, self.failure = turn_start, None
+
+    def keep(self, n: int) -> None:
+        """Positions from `n` on hold nothing, or something else than before."""
+        for selector in self._selectors:
+            if selector is not None:
+                selector.keep(n)
+
+    def choose(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, position: int, scaling: float, *, decoding: bool
+    ) -> Tensor | None:
+        """Earlier positions that take part for queries [H, Q, D] at `position` and on; None: all (LayerView, Selector).
+
+        keys and values [G, capacity, D] hold the queries' own already. History that is computed again attends to all,
+        also where a piece of a prompt begins in it.
+        """
+        selector, end = self._selectors[layer], position + query.shape[1]
+        if selector is None or self.failure is not None or end <= self.turn_start:
+            return None
+        if position < self.turn_start and not self.policy.dense_prompt:
+            return None
+        view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling)
+        try:
+            chosen = selector.step(view) if decoding else selector.prompt(view)
+        except Exception as error:
+            log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
+            self.failure = error
+            return None
+        return chosen if chosen is None or chosen.shape[1] < self.turn_start else None

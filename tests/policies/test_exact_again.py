@@ -1,0 +1,137 @@
+"""Whatever policies ran over ten turns, the sealed KV is that of full attention over the same tokens, byte for byte."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_threads
+from kernel_marks import needs_avx512_bf16
+from small_policies import SMALL
+
+from sessiond.policies.registry import POLICIES, parse
+from sessiond.policies.window import WindowSelector
+
+INPUTS = (40, 63, 127, 128, 129, 5, 37, 90, 1, 16)
+ANSWER = 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(("llama", torch.bfloat16), id="bf16"),
+        pytest.param(("llama-kernels", torch.bfloat16), id="kernels", marks=needs_avx512_bf16),
+        pytest.param(("gemma3-kernels", torch.bfloat16), id="windowed", marks=needs_avx512_bf16),
+    ]
+)
+def model(request):
+    return make_pair(*request.param).ours
+
+
+def converse(session: Session, turns: list[tuple[str, Mapping[str, Any]]]) -> None:
+    for i, (name, knobs) in enumerate(turns):
+        ids = random_ids(INPUTS[i % len(INPUTS)], i)
+        session.run(ids, ANSWER, policy=parse(name, knobs), turn_start=len(session.log))
+
+
+def sealed_by_full(model, log: list[int]) -> list[str]:
+    other = Session(model, log=list(log))
+    other.seal()
+    return other.cell_digests()
+
+
+def test_every_policy_has_small_knobs_here():
+    assert SMALL.keys() == POLICIES.keys()
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_ten_turns_under_one_policy_seal_to_the_bytes_of_full(model, name):
+    session = Session(model)
+    converse(session, [(name, SMALL[name])] * len(INPUTS))
+    session.seal()
+    assert session.cell_digests() == sealed_by_full(model, session.log)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_so_does_any_sequence_of_policies(model, seed):
+    draw = random.Random(seed)
+    session = Session(model)
+    for name in [draw.choice(sorted(SMALL)) for _ in INPUTS]:
+        converse(session, [(name, SMALL[name])])
+        if draw.random() < 0.3:
+            session.seal()
+    session.seal()
+    assert session.cell_digests() == sealed_by_full(model, session.log)
+
+
+def test_before_it_is_sealed_kv_computed_under_a_window_is_another():
+    """Otherwise the tests above prove nothing."""
+    model = make_pair("llama", torch.bfloat16).ours
+    session = Session(model)
+    converse(session, [("window", SMALL["window"])] * 4)
+    assert session.cache.sealed == 0
+    whole = len(session.log) // CELL * CELL
+    before = [digest(session.cache, start, start + CELL) for start in range(0, whole, CELL)]
+    session.seal()
+    assert before != session.cell_digests()
+
+
+def test_a_policy_that_raises_is_not_asked_again_and_the_turn_ends_as_under_full(model, monkeypatch):
+    def broken(self, view):
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(WindowSelector, "step", broken)
+    monkeypatch.setattr(WindowSelector, "prompt", lambda self, view: None)
+    session, other = Session(model), Session(model)
+    for one, name in ((session, "window"), (other, "full")):
+        converse(one, [("full", {}), (name, SMALL[name])])
+    assert session.log == other.log
+    assert isinstance(session.cache.selection.failure, RuntimeError)
+
+
+class Asked:
+    """What a window's selector was asked: (first query, number of queries, earlier positions, those chosen)."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls: list[tuple[str, int, int, int, int]] = []
+        for hook in ("prompt", "step"):
+            real = getattr(WindowSelector, hook)
+
+            def asked(selector, view, hook=hook, real=real):
+                chosen = real(selector, view)
+                self.calls.append((hook, view.start, view.query.shape[1], view.turn_start, chosen.shape[1]))
+                return chosen
+
+            monkeypatch.setattr(WindowSelector, hook, asked)
+
+
+def test_a_turns_prompt_is_chosen_for_with_the_answers_last_token_that_was_never_fed(monkeypatch):
+    model = make_pair("llama").ours
+    session, asked = Session(model), Asked(monkeypatch)
+    converse(session, [("full", {}), ("window", SMALL["window"])])
+    history = INPUTS[0] + ANSWER
+    layers = model.shape.n_layers
+    prompts = [call for call in asked.calls if call[0] == "prompt"]
+    assert prompts == [("prompt", history - 1, INPUTS[1] + 1, history - 1, 2)] * layers  # the recent ones are its own
+    steps = [call for call in asked.calls if call[0] == "step"]
+    assert len(steps) == (ANSWER - 1) * layers
+
+
+def test_history_that_was_lost_is_computed_with_full_attention_first(monkeypatch):
+    model = make_pair("llama").ours
+    session = Session(model)
+    converse(session, [("full", {})])
+    session.cache = model.new_cache()
+    asked = Asked(monkeypatch)
+    ids = random_ids(INPUTS[1], 1)
+    session.run(ids, ANSWER, policy=parse("window", SMALL["window"]), turn_start=len(session.log))
+    history = INPUTS[0] + ANSWER
+    assert {call[1:4] for call in asked.calls if call[0] == "prompt"} == {(history, INPUTS[1], history)}
