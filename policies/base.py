@@ -46,7 +46,14 @@ class Selector:
         return 0
 
     def keep(self, n: int) -> None:
-        """Forget what was derived from positions from `n` on: they are gone, or about to be computed again."""
+        """Forget what was derived from positions from `n` on: they are gone."""
+
+    def renew(self, n: int) -> None:
+        """Keys and values from `n` on are computed again, for the same tokens: copies of them are stale.
+
+        What was learned from queries may stay.
+        """
+        self.keep(n)
 
     def prompt(self, view: LayerView) -> Tensor | None:
         """Earlier positions, all below `turn_start`, for a piece of the turn's prompt, before it attends.

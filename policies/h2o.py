@@ -76,6 +76,9 @@ class H2OSelector(Selector):
             self._chosen = self._chosen if self._started is not None else None
         self._now = self._prompted or self._started
 
+    def renew(self, n: int) -> None:
+        """Votes are for tokens, which stay the same."""
+
     def prompt(self, view: LayerView) -> Tensor | None:
         self._enter(view)
         self._add(view)

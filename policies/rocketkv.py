@@ -99,6 +99,10 @@ class RocketKVSelector(Selector):
         elif self._turn is not None:
             self._turn.keep(n)
 
+    def renew(self, n: int) -> None:
+        """The queries stay; the turn set's pages summarize keys."""
+        self._turn = None
+
     def prompt(self, view: LayerView) -> None:
         self._observed.watch(view.query, view.start)
         self._turn = None

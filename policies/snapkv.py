@@ -114,6 +114,9 @@ class SnapKVSelector(Selector):
             self._window = self._window.before(n)
             self._chosen = None
 
+    def renew(self, n: int) -> None:
+        """Votes are for tokens, which stay the same."""
+
     def prompt(self, view: LayerView) -> Tensor | None:
         window = self._window
         if window is not None and self._policy.once and window.turn_start != view.turn_start:

@@ -76,9 +76,11 @@ class SessionCache:
             self.selection.begin_turn(turn_start)
 
     def about_to_compute(self, position: int) -> None:
-        """Positions from here on get new KV: what was derived from theirs goes."""
+        """A step is to compute positions from here on: those held get other KV, for the same tokens."""
         if self.selection is not None:
-            self.selection.keep(position)
+            if position < self.length:
+                self.selection.renew(position)
+            self.selection.keep(max(position, self.length))  # an abandoned step may have shown more
 
     @property
     def nbytes(self) -> int:
@@ -131,7 +133,8 @@ class SessionCache:
         """
         if length < self.length:
             self.epoch += 1  # before the bytes change: who copies looks at it last
-        self.about_to_compute(length)
+        if self.selection is not None:
+            self.selection.keep(length)
         if length < self._written:
             for layer in range(self.shape.n_layers):
                 self.keys[layer][:, length : self._written].zero_()

@@ -1,6 +1,7 @@
 """A policy at work in one session: asks its selectors, layer by layer, which tokens take part.
 
-What selectors derive from KV must not outlive it: `keep` is called whenever positions are given up or computed again.
+What selectors derive from KV must not outlive it: `keep` is called whenever positions are given up, `renew` whenever
+they are computed again.
 A selector that raises is not asked again in that turn: attention is then full, which is always right.
 """
 
@@ -33,10 +34,16 @@ class Selection:
         self.turn_start, self.failure = turn_start, None
 
     def keep(self, n: int) -> None:
-        """Positions from `n` on hold nothing, or something else than before."""
+        """Positions from `n` on hold nothing."""
         for selector in self._selectors:
             if selector is not None:
                 selector.keep(n)
+
+    def renew(self, n: int) -> None:
+        """Positions from `n` on are computed again."""
+        for selector in self._selectors:
+            if selector is not None:
+                selector.renew(n)
 
     def choose(
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, position: int, scaling: float, *, decoding: bool

@@ -135,3 +135,44 @@ def test_history_that_was_lost_is_computed_with_full_attention_first(monkeypatch
     session.run(ids, ANSWER, policy=parse("window", SMALL["window"]), turn_start=len(session.log))
     history = INPUTS[0] + ANSWER
     assert {call[1:4] for call in asked.calls if call[0] == "prompt"} == {(history, INPUTS[1], history)}
+
+
+def chosen_in_a_step(session: Session) -> list[torch.Tensor | None]:
+    """What each layer's selector answers for a token of the answer, with queries drawn anew."""
+    cache, model = session.cache, session.model
+    draw = torch.Generator().manual_seed(1)
+    n_heads = model.config.num_attention_heads
+    out = []
+    for layer in range(model.shape.n_layers):
+        query = torch.randn(n_heads, 1, model.shape.head_dim, generator=draw).to(cache.keys[layer].dtype)
+        position, keys, values = cache.length - 1, cache.keys[layer], cache.values[layer]
+        out.append(cache.selection.choose(layer, query, keys, values, position, 0.2, decoding=True))
+    assert cache.selection.failure is None
+    return out
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_what_was_learned_from_queries_outlives_sealing(name):
+    session = Session(make_pair("llama").ours)
+    converse(session, [(name, SMALL[name])] * 3)
+    before = session.cache.selection
+    session.seal()
+    assert session.cache.sealed > 0
+    assert session.cache.selection is before
+    assert all(chosen is not None for chosen in chosen_in_a_step(session))
+
+
+@pytest.mark.parametrize("name", ["quest", "sieve"])
+def test_copies_of_keys_are_made_again_when_those_are_sealed(name):
+    """As if the policy had come only afterwards. The window's KV is far from the sealed one."""
+    session = Session(make_pair("llama").ours)
+    converse(session, [("window", SMALL["window"])] * 3)
+    session.cache.use(parse(name, SMALL[name]), len(session.log) - 5)
+    stale = chosen_in_a_step(session)
+    session.seal()
+    after = chosen_in_a_step(session)
+    session.cache.selection = None
+    session.cache.use(parse(name, SMALL[name]), len(session.log) - 5)
+    fresh = chosen_in_a_step(session)
+    assert all(torch.equal(one, other) for one, other in zip(after, fresh, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(stale, fresh, strict=True))
