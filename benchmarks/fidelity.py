@@ -76,7 +76,7 @@ def counting(attended: list[float]) -> Iterator[None]:
 def measure(
     model: Model, ids: list[int], n_context: int, chosen: dict[str, Policy], results: dict[str, Result]
 ) -> None:
-    """One conversation: `n_context` tokens, of which the last PROMPT are the turn's prompt, then the answer to score."""
+    """One conversation: `n_context` tokens, the last PROMPT of them the turn's prompt, then the answer."""
     history = n_context - PROMPT
     prompt, answer = ids[history:n_context], ids[n_context:]
     cache = model.new_cache()
