@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sessiond.policies.base import LayerView
+
+AT_ONCE = 32  # queries whose weights are held at a time
 
 
 def attention_weights(view: LayerView, last: int) -> Tensor:
@@ -15,6 +19,21 @@ def attention_weights(view: LayerView, last: int) -> Tensor:
     scores = query @ view.keys.float()[:, None].transpose(-1, -2) * view.scaling
     positions = torch.arange(n_keys - last, n_keys)[:, None]
     return scores.masked_fill(torch.arange(n_keys) > positions, float("-inf")).softmax(-1)
+
+
+def summed_weights(view: LayerView, n: int) -> Tensor:
+    """Softmax weights that positions below `n` get, summed over the view's queries and a group's heads: [G, n].
+
+    A few queries at a time: all their weights at once may be gigabytes.
+    """
+    start, end = view.keys.shape[1] - view.query.shape[1], view.keys.shape[1]
+    total = torch.zeros(view.keys.shape[0], n)
+    for first in range(start, end, AT_ONCE):
+        last = min(first + AT_ONCE, end)
+        part = replace(view, query=view.query[:, first - start : last - start], keys=view.keys[:, :last])
+        seen = min(n, last)
+        total[:, :seen] += attention_weights(part, last - first)[..., :seen].sum((1, 2))
+    return total
 
 
 def top(scores: Tensor, k: int) -> Tensor:

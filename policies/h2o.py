@@ -64,6 +64,10 @@ class H2OSelector(Selector):
         self._prompted: Account | None = None
         self._now: Account | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(account.scores.nbytes for account in (self._started, self._prompted, self._now) if account)
+
     def keep(self, n: int) -> None:
         """Goes back to the last account without queries from `n` on: the prompt's end, the turn's start, or none."""
         if n >= self._end:

@@ -7,6 +7,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from sessiond.policies.choosing import AT_ONCE
+
 
 class Observed:
     """At most `limit` newest queries of one layer, each with its position.
@@ -17,6 +19,11 @@ class Observed:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._queries: deque[tuple[int, Tensor]] = deque(maxlen=limit)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(query.nbytes for _, query in self._queries)
 
     def watch(self, query: Tensor, start: int) -> None:
         """See the queries [H, Q, D] of the tokens at [start, start + Q)."""
@@ -43,8 +50,11 @@ def observed_weights(query: Tensor, positions: Tensor, keys: Tensor, scaling: fl
     Returns [G, N]: the sum over the queries and over a group's heads.
     """
     n_groups, n_keys, head_dim = keys.shape
-    grouped = query.float().reshape(n_groups, -1, head_dim)
-    scores = grouped @ keys.float().mT * scaling
-    later = torch.arange(n_keys) > positions[:, None]
-    weights = scores.masked_fill_(later.repeat(len(query) // n_groups, 1), float("-inf")).softmax(-1)
-    return weights.sum(1)
+    keys = keys.float()
+    total = torch.zeros(n_groups, n_keys)
+    for some, at in zip(torch.split(query, AT_ONCE, 1), torch.split(positions, AT_ONCE), strict=True):
+        grouped = some.float().reshape(n_groups, -1, head_dim)
+        later = torch.arange(n_keys) > at[:, None]
+        scores = (grouped @ keys.mT * scaling).masked_fill_(later.repeat(len(query) // n_groups, 1), float("-inf"))
+        total += scores.softmax(-1).sum(1)
+    return total

@@ -22,6 +22,11 @@ class Pages:
     def n_pages(self) -> int:
         return -(-self.length // self.size)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory held, room to grow included."""
+        return 0 if self._bounds is None else self._bounds.nbytes
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest values, each [G, P, D]. There must be a page."""
         assert self._bounds is not None

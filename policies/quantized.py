@@ -7,6 +7,7 @@ tokens; nothing is computed from it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BITS = (2, 4, 8)
@@ -23,8 +24,8 @@ class QuantizedKeys:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the tokens held now occupy."""
-        return 0 if not self.n else self.n * (self._codes[:, 0].nbytes + self._scales[:, 0].nbytes)
+        """Bytes of memory held, room to grow included."""
+        return self._codes.nbytes + self._scales.nbytes
 
     def keep(self, n: int) -> None:
         self.n = min(self.n, n)
@@ -47,7 +48,7 @@ class QuantizedKeys:
     def scores(self, query: Tensor, n: int) -> Tensor:
         """query [G, R, D] against the first `n` keys: [G, R, n], fp32, without the softmax's scaling."""
         query = query.float()
-        codes = self._unpack(self._codes[:, :n]).to(torch.float32)
+        codes = self._unpack(self._codes[:, :n])[..., : query.shape[-1]].to(torch.float32)
         scale, low = self._scales[:, :n].float().unbind(-1)
         return query @ codes.transpose(-1, -2) * scale[:, None] + query.sum(-1, keepdim=True) * low[:, None]
 
@@ -55,8 +56,8 @@ class QuantizedKeys:
         n_groups, _, head_dim = keys.shape
         if self._codes.ndim == 3 and end <= self._codes.shape[1]:
             return
-        room = max(1024, 2 * end)
-        codes = torch.zeros(n_groups, room, head_dim * self._bits // 8, dtype=torch.uint8)
+        room = max(256, end + end // 4)
+        codes = torch.zeros(n_groups, room, -(-head_dim * self._bits // 8), dtype=torch.uint8)
         scales = torch.zeros(n_groups, room, 2, dtype=torch.bfloat16)
         if self.n:
             codes[:, : self.n] = self._codes[:, : self.n]
@@ -64,8 +65,8 @@ class QuantizedKeys:
         self._codes, self._scales = codes, scales
 
     def _pack(self, codes: Tensor) -> Tensor:
-        """[..., D] codes below 2^bits to [..., D * bits / 8] bytes; the first D * bits / 8 are the lowest bits."""
-        parts = codes.chunk(8 // self._bits, -1)
+        """[..., D] codes below 2^bits to [..., B] bytes, B = D * bits / 8 rounded up; the first in the lowest bits."""
+        parts = F.pad(codes, (0, -codes.shape[-1] % (8 // self._bits))).chunk(8 // self._bits, -1)
         packed = parts[0].clone()
         for i, part in enumerate(parts[1:], 1):
             packed |= part << (i * self._bits)

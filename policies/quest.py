@@ -47,6 +47,10 @@ class QuestSelector(Selector):
         self._n_chosen = policy.budget // policy.page
         self._pages = Pages(policy.page)
 
+    @property
+    def nbytes(self) -> int:
+        return self._pages.nbytes
+
     def keep(self, n: int) -> None:
         self._pages.keep(n)
 

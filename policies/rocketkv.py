@@ -42,7 +42,7 @@ class RocketKV:
 
     def __post_init__(self) -> None:
         whole(self.name, "budget", self.budget, 2, 1 << 20)
-        whole(self.name, "window", self.window, 1, 4096)
+        whole(self.name, "window", self.window, 1, 512)
         whole(self.name, "kernel", self.kernel, 1, 4095)
         whole(self.name, "carry", self.carry, 0, 4096)
         whole(self.name, "max_new", self.max_new, 1, 1 << 20)
@@ -91,6 +91,10 @@ class RocketKVSelector(Selector):
         self._observed = Observed(policy.window)
         self._prompt: range | None = None  # the turn's prompt as far as it was seen, from the turn's beginning
         self._turn: TurnSet | None = None  # chosen at the turn's first step
+
+    @property
+    def nbytes(self) -> int:
+        return self._observed.nbytes + (self._turn.nbytes if self._turn else 0)
 
     def keep(self, n: int) -> None:
         self._observed.keep(n)
@@ -149,6 +153,10 @@ class TurnSet:
         self._turn_start = view.turn_start
         self._split = split
         self._pages = Pages(split.page)
+
+    @property
+    def nbytes(self) -> int:
+        return self._positions.nbytes + self._pages.nbytes
 
     def keep(self, n: int) -> None:
         """Forget the turn's own keys from `n` on."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sessiond.policies.base import LayerView, Selector
-from sessiond.policies.choosing import ascending, attention_weights, top
+from sessiond.policies.choosing import ascending, summed_weights, top
 from sessiond.policies.knobs import flag, odd, whole
 
 # From scores [G, N] to positions [G, K] below N, ascending, -1 at the end of shorter rows.
@@ -58,7 +58,7 @@ class SnapKV:
 def check(policy: str, budget: object, window: object, kernel: object, once: object) -> None:
     """SnapKV's knobs, for the policy of that name. Raises InvalidConfig."""
     whole(policy, "budget", budget, 1, 1 << 20)
-    whole(policy, "window", window, 1, 1 << 12)
+    whole(policy, "window", window, 1, 512)
     odd(policy, "kernel", kernel, 1, (1 << 10) - 1)
     flag(policy, "once", once)
 
@@ -91,7 +91,7 @@ class Observed:
         """
         then = replace(view, query=self.queries, keys=view.keys[:, : self.end], values=view.values[:, : self.end])
         n_voted = min(n, self.start)
-        votes = attention_weights(then, self.queries.shape[1])[..., :n_voted].sum((1, 2))
+        votes = summed_weights(then, n_voted)
         if n_voted:
             votes = F.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
         return F.pad(votes, (0, n - n_voted), value=float("inf"))
@@ -107,6 +107,11 @@ class SnapKVSelector(Selector):
         self._pick = pick
         self._window: Observed | None = None
         self._chosen: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        held = [self._chosen, None if self._window is None else self._window.queries]
+        return sum(part.nbytes for part in held if part is not None)
 
     def keep(self, n: int) -> None:
         """Drops the queries from `n` on, and a choice in which they had a vote."""

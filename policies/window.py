@@ -36,12 +36,14 @@ class Window:
 
 
 class WindowSelector(Selector):
+    """Chooses for all queries of a piece at once."""
+
     def __init__(self, policy: Window) -> None:
         self._policy = policy
 
     def prompt(self, view: LayerView) -> Tensor:
         sinks = torch.arange(min(self._policy.sinks, view.turn_start))
-        first = max(len(sinks), view.keys.shape[1] - self._policy.recent)
+        first = max(len(sinks), view.start + 1 - self._policy.recent)  # for the first query; the others see more
         recent = torch.arange(min(first, view.turn_start), view.turn_start)
         return torch.cat([sinks, recent]).expand(view.keys.shape[0], -1)
 

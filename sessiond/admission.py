@@ -101,7 +101,7 @@ def plan_turn(desk: Desk, live: Live, record: SessionRecord, request: TurnReques
         "n_prompt": len(ids),
         "flags": flags,
         "drift": drift,
-        "policy": list(request.policy) if request.policy else None,
+        "policy": list(request.policy or (record.policy["name"], record.policy["knobs"])),
         "abort_on_disconnect": request.abort_on_disconnect,
     }
     row = RequestRecord(

@@ -68,15 +68,18 @@ class SessionCache:
         self.borrowed = 0
         self.selection: Selection | None = None  # None: everything takes part
 
-    def use(self, policy: Policy, turn_start: int) -> None:
-        """Let `policy` choose for a turn whose own tokens stand at `turn_start`. What it derived before is kept."""
+    def use(self, policy: Policy, turn_start: int, *, again: bool = False) -> None:
+        """Let `policy` choose for a turn whose own tokens stand at `turn_start`. What it derived before is kept.
+
+        `again`: the turn was interrupted, and goes on.
+        """
         if self.selection is None or self.selection.policy != policy:
             self.selection = None if policy.name == "full" else Selection(policy, self.shape.n_layers)
         if self.selection is not None:
-            self.selection.begin_turn(turn_start)
+            self.selection.begin_turn(turn_start, again=again)
 
-    def about_to_compute(self, position: int) -> None:
-        """A step is to compute positions from here on: those held get other KV, for the same tokens."""
+    def about_to_change(self, position: int) -> None:
+        """Positions from here on get KV from a step or from disk: those held get other KV, for the same tokens."""
         if self.selection is not None:
             if position < self.length:
                 self.selection.renew(position)

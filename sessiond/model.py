@@ -132,7 +132,7 @@ class Model:
         positions: list[int] = []
         spans: list[PackedSpan] = []
         for feed in feeds:
-            feed.cache.about_to_compute(feed.position)
+            feed.cache.about_to_change(feed.position)
             rows = len(ids), len(ids) + len(feed.ids)
             spans.append(PackedSpan(feed.cache, *rows, feed.position, feed.selection, decoding=feed.decoding))
             ids.extend(feed.ids)

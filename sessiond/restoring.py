@@ -108,6 +108,7 @@ class Restorer:
         planned = n_live + leading(refs[n_live - first :])
         if cache.sealed < cache.length and planned > first:
             cache.epoch += 1  # cells will overwrite provisional KV: whoever copies that must not keep it
+            cache.about_to_change(first * self.cell_tokens)
         # The tail goes first: where it reaches below the sealed cells, they overwrite it.
         tail_end, borrowed = 0, cache.borrowed
         if cache.length < n_history:
@@ -241,6 +242,7 @@ class Restorer:
             owner, span = found or self._relative_tail(tenant, branch, cache) or (None, Span(0, 0))
             if owner is None:
                 continue
+            cache.about_to_change(span.start)
             try:
                 report.bytes_read += self.store.blocks.read_into(
                     owner, span.start, len(span), self.shape.n_layers, into(cache, span)

@@ -156,9 +156,12 @@ class TurnWork:
         if have < cache.length:
             cache.truncate(have, cell_tokens)
         own = min(have, turn_start) if have >= turn_start - 1 else turn_start
-        cache.use(policy, own)
+        before = cache.selection
+        if logged and before is not None and before.policy == policy and before.turn_start == turn_start - 1 <= have:
+            own = before.turn_start
+        cache.use(policy, own, again=bool(logged))
         canonical = max(cache.sealed, cache.borrowed)
-        if policy.dense_prompt:
+        if policy.dense_prompt or own == 0:  # without a history there is nothing to choose
             self.pieces = deque(plan_prefill(canonical, have, n_prompt, cell_tokens, seal))
         else:
             history = plan_prefill(canonical, have, own, cell_tokens, seal)

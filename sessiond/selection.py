@@ -29,9 +29,10 @@ class Selection:
         """Bytes of memory that what the selectors derived occupies."""
         return sum(selector.nbytes for selector in self._selectors if selector is not None)
 
-    def begin_turn(self, turn_start: int) -> None:
-        """A turn's own tokens stand at `turn_start` and behind."""
-        self.turn_start, self.failure = turn_start, None
+    def begin_turn(self, turn_start: int, *, again: bool = False) -> None:
+        """A turn's own tokens stand at `turn_start` and behind. `again`: it had begun before."""
+        self.turn_start = turn_start
+        self.failure = self.failure if again else None
 
     def keep(self, n: int) -> None:
         """Positions from `n` on hold nothing."""
@@ -61,8 +62,19 @@ class Selection:
         view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling)
         try:
             chosen = selector.step(view) if decoding else selector.prompt(view)
+            if chosen is not None:
+                self._check(chosen, keys.shape[0])
         except Exception as error:
             log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
             self.failure = error
             return None
-        return chosen if chosen is None or chosen.shape[1] < self.turn_start else None
+        if chosen is None or chosen.shape[1] >= self.turn_start or (self.policy.dense_prompt and not decoding):
+            return None  # all of them; prompts under such a policy may be canonical
+        return chosen
+
+    def _check(self, chosen: Tensor, n_groups: int) -> None:
+        """An answer outside what was asked for would read other memory, or end the step of other sessions too."""
+        if chosen.ndim != 2 or chosen.shape[0] != n_groups or chosen.is_floating_point():
+            raise ValueError(f"positions of shape {tuple(chosen.shape)} and type {chosen.dtype}")
+        if chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) < self.turn_start:
+            raise ValueError(f"positions outside [0, {self.turn_start})")

@@ -325,7 +325,7 @@ class Turn:
 
     def _notices(self) -> tuple[str, ...]:
         selection = self.live.cache.selection if self.live.cache else None
-        if selection is None or selection.failure is None:
+        if not self._submitted or selection is None or selection.failure is None:
             return ()
         return (f"policy {selection.policy.name!r} failed ({selection.failure}): from then on all tokens took part",)
 

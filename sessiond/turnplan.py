@@ -29,6 +29,6 @@ class TurnPlan:
 
     @property
     def policy(self) -> Policy:
-        """The turn's own, or else the session's."""
+        """As it was when the turn began: its own, or else the session's."""
         name, knobs = self.request.params.get("policy") or (self.record.policy["name"], self.record.policy["knobs"])
         return registry.parse(str(name), knobs)

@@ -85,7 +85,10 @@ def test_before_it_is_sealed_kv_computed_under_a_window_is_another():
 
 
 def test_a_policy_that_raises_is_not_asked_again_and_the_turn_ends_as_under_full(model, monkeypatch):
+    asked = []
+
     def broken(self, view):
+        asked.append(view.start)
         raise RuntimeError("no answer")
 
     monkeypatch.setattr(WindowSelector, "step", broken)
@@ -95,6 +98,7 @@ def test_a_policy_that_raises_is_not_asked_again_and_the_turn_ends_as_under_full
         converse(one, [("full", {}), (name, SMALL[name])])
     assert session.log == other.log
     assert isinstance(session.cache.selection.failure, RuntimeError)
+    assert len(asked) == 1
 
 
 class Asked:
@@ -120,7 +124,8 @@ def test_a_turns_prompt_is_chosen_for_with_the_answers_last_token_that_was_never
     history = INPUTS[0] + ANSWER
     layers = model.shape.n_layers
     prompts = [call for call in asked.calls if call[0] == "prompt"]
-    assert prompts == [("prompt", history - 1, INPUTS[1] + 1, history - 1, 2)] * layers  # the recent ones are its own
+    chosen = 2 + 23  # the 24th recent one of the first query is itself
+    assert prompts == [("prompt", history - 1, INPUTS[1] + 1, history - 1, chosen)] * layers
     steps = [call for call in asked.calls if call[0] == "step"]
     assert len(steps) == (ANSWER - 1) * layers
 
@@ -176,3 +181,41 @@ def test_copies_of_keys_are_made_again_when_those_are_sealed(name):
     fresh = chosen_in_a_step(session)
     assert all(torch.equal(one, other) for one, other in zip(after, fresh, strict=True))
     assert not all(torch.equal(one, other) for one, other in zip(stale, fresh, strict=True))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        torch.tensor([[0, 10_000]]).expand(2, -1),
+        torch.tensor([[0, 44]]).expand(2, -1),
+        torch.tensor([[-2, 3]]).expand(2, -1),
+        torch.tensor([[0, 3]]),
+        torch.zeros(2, 3),
+    ],
+    ids=["beyond memory", "the turn's own", "before the first", "of one head", "no positions"],
+)
+def test_an_answer_that_is_none_ends_no_step(monkeypatch, answer):
+    """44 tokens of history, the last of which goes with the prompt; two key/value heads."""
+    monkeypatch.setattr(WindowSelector, "step", lambda self, view: answer)
+    session = Session(make_pair("qwen3").ours)
+    assert session.model.shape.n_kv_heads == 2
+    converse(session, [("full", {}), ("window", SMALL["window"])])
+    assert isinstance(session.cache.selection.failure, ValueError)
+
+
+def test_a_first_prompt_is_sealed_at_once_whatever_the_policy(model):
+    session = Session(model)
+    session.run(random_ids(2 * CELL + 5, 1), ANSWER, policy=parse("window", SMALL["window"]), turn_start=0)
+    assert session.cache.sealed == 2 * CELL
+
+
+def test_cells_that_come_over_provisional_kv_renew_what_was_copied_of_it():
+    """As restoring does: the cache is told before the bytes change."""
+    session = Session(make_pair("llama").ours)
+    converse(session, [("quest", SMALL["quest"])] * 2)
+    chosen_in_a_step(session)
+    seen = []
+    for selector in session.cache.selection._selectors:
+        selector.renew = seen.append
+    session.cache.about_to_change(3)
+    assert seen == [3] * session.model.shape.n_layers

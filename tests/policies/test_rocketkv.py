@@ -207,7 +207,7 @@ def test_knobs_round_trip() -> None:
     ("knob", "value", "allowed"),
     [
         ("budget", 1, "[2, 1048576]"),
-        ("window", 0, "[1, 4096]"),
+        ("window", 0, "[1, 512]"),
         ("kernel", 0, "[1, 4095]"),
         ("carry", -1, "[0, 4096]"),
         ("max_new", 0, "[1, 1048576]"),

@@ -32,6 +32,10 @@ def test_the_turns_own_tokens_push_history_out():
     assert chosen(100, 200, 1, sinks=0, recent=4) == []
 
 
+def test_no_query_of_a_piece_loses_a_recent_token():
+    assert chosen(100, 100, 50, sinks=2, recent=4) == [0, 1, 97, 98, 99]
+
+
 def test_a_short_history_is_whole():
     assert chosen(3, 3, 1, sinks=4, recent=8) == [0, 1, 2]
     assert chosen(0, 0, 5, sinks=4, recent=8) == []
