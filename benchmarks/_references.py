@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sessiond.policies.base import LayerView, Selector
-from sessiond.policies.choosing import attention_weights, top
+from sessiond.policies.choosing import summed_weights, top
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,8 @@ class _OracleSelector(Selector):
         self._budget = budget
 
     def step(self, view: LayerView) -> Tensor:
-        weights = attention_weights(view, 1)[:, :, 0].mean(1)
+        places = torch.arange(view.keys.shape[1])
+        weights = summed_weights(view.query, places[view.start :], view.keys, places, view.scaling)
         return top(weights[:, : view.turn_start], self._budget)
 
 

@@ -1,38 +1,26 @@
-"""Arithmetic that several policies share: true attention weights, and the best k positions."""
+"""Arithmetic that several policies share: attention weights by the exact keys, and the best k positions."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView
-
 AT_ONCE = 32  # queries whose weights are held at a time
 
 
-def attention_weights(view: LayerView, last: int) -> Tensor:
-    """Softmax weights of the `last` newest queries over all T keys, causal, fp32: [G, H // G, last, T]."""
-    query = view.grouped[:, :, -last:].float()
-    n_keys = view.keys.shape[1]
-    scores = query @ view.keys.float()[:, None].transpose(-1, -2) * view.scaling
-    positions = torch.arange(n_keys - last, n_keys)[:, None]
-    return scores.masked_fill(torch.arange(n_keys) > positions, float("-inf")).softmax(-1)
+def summed_weights(query: Tensor, at: Tensor, keys: Tensor, places: Tensor, scaling: float) -> Tensor:
+    """Softmax weights that keys [G, K, D] at `places` ([K] or [G, K]) get from queries [H, W, D] at `at` [W]: [G, K].
 
-
-def summed_weights(view: LayerView, n: int) -> Tensor:
-    """Softmax weights that positions below `n` get, summed over the view's queries and a group's heads: [G, n].
-
-    A few queries at a time: all their weights at once may be gigabytes.
+    Causal, fp32; summed over the queries and a group's heads. A few queries at a time: the weights of all at once may
+    be gigabytes.
     """
-    start, end = view.keys.shape[1] - view.query.shape[1], view.keys.shape[1]
-    total = torch.zeros(view.keys.shape[0], n)
-    for first in range(start, end, AT_ONCE):
-        last = min(first + AT_ONCE, end)
-        part = replace(view, query=view.query[:, first - start : last - start], keys=view.keys[:, :last])
-        seen = min(n, last)
-        total[:, :seen] += attention_weights(part, last - first)[..., :seen].sum((1, 2))
+    n_groups, n_keys, head_dim = keys.shape
+    keys, places = keys.float()[:, None], places.expand(n_groups, -1)[:, None, None]
+    total = torch.zeros(n_groups, n_keys)
+    for some, now in zip(torch.split(query, AT_ONCE, 1), torch.split(at, AT_ONCE), strict=True):
+        grouped = some.float().reshape(n_groups, -1, some.shape[1], head_dim)
+        scores = (grouped @ keys.mT * scaling).masked_fill_(places > now[:, None], float("-inf"))
+        total += scores.softmax(-1).sum((1, 2))
     return total
 
 

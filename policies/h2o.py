@@ -16,11 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sessiond.policies.base import LayerView, Selector
-from sessiond.policies.choosing import top
+from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
-
-# Queries whose weights are in memory at a time: 128 x 9 heads x 8192 positions in fp32 are 36 MiB.
-N_AT_ONCE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +131,6 @@ def taking_part(view: LayerView, chosen: Tensor | None) -> Tensor:
 
 def received(view: LayerView, positions: Tensor) -> Tensor:
     """What each of `positions` [G, K] gets of the new queries' softmax weights over them, causal, fp32: [G, K]."""
-    keys = view.keys.gather(1, positions[..., None].expand(-1, -1, view.keys.shape[2])).float()
-    total = torch.zeros(positions.shape)
-    for first in range(0, view.query.shape[1], N_AT_ONCE):
-        query = view.grouped[:, :, first : first + N_AT_ONCE].float()
-        at = torch.arange(first, first + query.shape[2])[:, None] + view.start
-        logits = query @ keys[:, None].transpose(-1, -2) * view.scaling
-        total += logits.masked_fill(positions[:, None, None] > at, float("-inf")).softmax(-1).sum((1, 2))
-    return total
+    keys = view.keys.gather(1, positions[..., None].expand(-1, -1, view.keys.shape[2]))
+    at = torch.arange(view.start, view.keys.shape[1])
+    return summed_weights(view.query, at, keys, positions, view.scaling)

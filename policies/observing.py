@@ -7,8 +7,6 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from sessiond.policies.choosing import AT_ONCE
-
 
 class Observed:
     """At most `limit` newest queries of one layer, each with its position.
@@ -42,19 +40,3 @@ class Observed:
         n_before = sum(position < since for position, _ in self._queries)
         taken = list(self._queries)[max(0, n_before - carry) :]
         return torch.stack([query for _, query in taken], 1), torch.tensor([position for position, _ in taken])
-
-
-def observed_weights(query: Tensor, positions: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Softmax weights of queries [H, W, D] at `positions` [W] over keys [G, N, D] at [0, N), causal, fp32.
-
-    Returns [G, N]: the sum over the queries and over a group's heads.
-    """
-    n_groups, n_keys, head_dim = keys.shape
-    keys = keys.float()
-    total = torch.zeros(n_groups, n_keys)
-    for some, at in zip(torch.split(query, AT_ONCE, 1), torch.split(positions, AT_ONCE), strict=True):
-        grouped = some.float().reshape(n_groups, -1, head_dim)
-        later = torch.arange(n_keys) > at[:, None]
-        scores = (grouped @ keys.mT * scaling).masked_fill_(later.repeat(len(query) // n_groups, 1), float("-inf"))
-        total += scores.softmax(-1).sum(1)
-    return total

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import max_pool1d
 
 from sessiond.policies.base import LayerView, Selector
-from sessiond.policies.choosing import top
+from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
-from sessiond.policies.observing import Observed, observed_weights
+from sessiond.policies.observing import Observed
 from sessiond.policies.pages import Pages
 
 
@@ -139,7 +139,8 @@ class RocketKVSelector(Selector):
         recent = torch.arange(ranked, view.turn_start).expand(view.keys.shape[0], -1)
         if ranked == 0:
             return recent
-        weights = observed_weights(query, positions, view.keys[:, : view.start], view.scaling)[:, :ranked]
+        keys, places = view.keys[:, : view.start], torch.arange(view.start)
+        weights = summed_weights(query, positions, keys, places, view.scaling)[:, :ranked]
         kernel = self._policy.kernel
         pooled = max_pool1d(weights, kernel, stride=1, padding=kernel // 2)[:, :ranked]
         return torch.cat([top(pooled, max(1, split.kept - len(positions))), recent], 1)

@@ -79,6 +79,7 @@ class SieveSelector(Selector):
     def _count(self, earlier: Tensor, own: Tensor) -> int:
         """How many of the heaviest tokens every head needs for `mass`, rounded up to 16."""
         policy = self._policy
-        held = torch.cumsum(earlier.sort(-1, descending=True).values, -1) + own[:, None]
+        heaviest = earlier.topk(min(policy.most, earlier.shape[-1]), -1).values
+        held = torch.cumsum(heaviest, -1) + own[:, None]
         needed = int((held < policy.mass).sum(-1).max()) + 1
         return max(policy.least, min(policy.most, -(-needed // 16) * 16))

@@ -89,9 +89,9 @@ class Observed:
 
         If `n` reaches into the window, its own positions score infinity and are not pooled.
         """
-        then = replace(view, query=self.queries, keys=view.keys[:, : self.end], values=view.values[:, : self.end])
-        n_voted = min(n, self.start)
-        votes = summed_weights(then, n_voted)
+        places, n_voted = torch.arange(self.end), min(n, self.start)
+        keys = view.keys[:, : self.end]
+        votes = summed_weights(self.queries, places[self.start :], keys, places, view.scaling)[:, :n_voted]
         if n_voted:
             votes = F.max_pool1d(votes, kernel, stride=1, padding=kernel // 2)
         return F.pad(votes, (0, n - n_voted), value=float("inf"))

@@ -60,10 +60,8 @@ def check_blocks(reader: ArchiveReader, history: History, n_profiles: int, shape
     Raises BadRequest for what no export writes, RecordCorrupt where bytes do not match their digest.
     """
     after = {own[-1]: history.revisions[own[0]].parent for own in history.segments()}
-    waiting, upto = (
-        list(after)[::-1],
-        dict[int | None, int]({None: 0}),
-    )  # positions with KV at the end of each segment that is over
+    waiting = list(after)[::-1]
+    upto: dict[int | None, int] = {None: 0}  # positions with KV at the end of each segment that is over
     found, last = ForeignKV(), 0
     for block in reader.blocks():
         try:

@@ -7,7 +7,7 @@ import torch
 from policy_views import G, H, Layer, best, rows, weights
 
 from sessiond.errors import InvalidConfig, UnknownPolicy
-from sessiond.policies import h2o as module
+from sessiond.policies import choosing as module
 from sessiond.policies.h2o import H2O
 from sessiond.policies.registry import parse
 
@@ -91,7 +91,7 @@ def test_queries_taken_in_blocks_give_the_same_choice(monkeypatch):
     layer = Layer(80)
     whole, cut = POLICY.selector(0, 30), POLICY.selector(0, 30)
     run_turn(layer, whole, 0, [63], 64)
-    monkeypatch.setattr(module, "N_AT_ONCE", 5)
+    monkeypatch.setattr(module, "AT_ONCE", 5)
     run_turn(layer, cut, 0, [63], 64)
     assert torch.equal(layer.prompt(whole, [70], 64)[0], layer.prompt(cut, [70], 64)[0])
 
