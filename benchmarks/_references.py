@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.choosing import summed_weights, top
 
 
 @dataclass(frozen=True, slots=True)
-class Oracle:
+class Oracle(Policy):
     """The tokens with the highest true weights, at each step, head by head: reads every key exactly."""
 
     name: ClassVar[str] = "oracle"
-    dense_prompt: ClassVar[bool] = True
     budget: int = 256
-
-    def knobs(self) -> dict[str, Any]:
-        return {"budget": self.budget}
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return _OracleSelector(self.budget)
@@ -38,15 +34,15 @@ class _OracleSelector(Selector):
 
 
 @dataclass(frozen=True, slots=True)
-class Random:
+class Random(Policy):
     """Other tokens at each step, drawn anew."""
 
     name: ClassVar[str] = "random"
-    dense_prompt: ClassVar[bool] = False
     budget: int = 256
 
-    def knobs(self) -> dict[str, Any]:
-        return {"budget": self.budget}
+    @property
+    def dense_prompt(self) -> bool:
+        return False
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return _RandomSelector(self.budget, layer)

@@ -65,7 +65,7 @@ def counting(attended: list[float]) -> Iterator[None]:
     def counted(self: Selection, *args: Any, decoding: bool) -> Any:
         chosen = choose(self, *args, decoding=decoding)
         if decoding:
-            kept = self.turn_start if chosen is None else float((chosen >= 0).sum(-1).float().mean())
+            kept = self.turn_start if chosen is None else float((chosen.positions >= 0).sum(-1).float().mean())
             attended.append(kept / self.turn_start)
         return chosen
 

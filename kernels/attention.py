@@ -114,21 +114,32 @@ def attend_few(
 
 
 def attend_chosen(
-    query: Tensor, keys: Tensor, values: Tensor, chosen: Tensor, own: slice, scaling: float, scratch: Scratch
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    chosen: Tensor,
+    own: slice,
+    scaling: float,
+    scratch: Scratch,
+    forms: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """query [H, Q, D] over the positions `chosen` [G, K] of keys and values [G, T, D], and over `own`, causally.
 
-    `own` ends with the queries' own positions. Rows of `chosen` may end with -1: no position. Returns [Q, H, D].
+    `own` ends with the queries' own positions. Rows of `chosen` may end with -1: no position. `forms` [G, K, D] stand
+    in for keys and for values at the chosen positions. Returns [Q, H, D].
     """
     n_groups, k = chosen.shape
     n_new, head_dim = query.shape[1], query.shape[2]
     n = k + own.stop - own.start
     room = -(-n // 64) * 64  # whole tiles
     taken: list[Tensor] = []
-    for name, source in (("chosen keys", keys), ("chosen values", values)):
+    for name, source, form in zip(("chosen keys", "chosen values"), (keys, values), forms, strict=True):
         into = scratch.take(name, n_groups * room * head_dim, source.dtype).view(n_groups, room, head_dim)
-        for group in range(n_groups):
-            torch.index_select(source[group], 0, chosen[group].clamp(min=0), out=into[group, :k])
+        if form is not None:
+            into[:, :k] = form
+        else:
+            for group in range(n_groups):
+                torch.index_select(source[group], 0, chosen[group].clamp(min=0), out=into[group, :k])
         into[:, k:n] = source[:, own]
         into[:, n:] = 0
         taken.append(into)

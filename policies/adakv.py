@@ -7,19 +7,19 @@ of another policy, whose scores it takes: here SnapKV's, as in the paper.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import Selector
+from sessiond.policies.base import Policy, Selector
 from sessiond.policies.choosing import ascending
 from sessiond.policies.knobs import one_of, share
 from sessiond.policies.snapkv import SnapKV, check
 
 
 @dataclass(frozen=True, slots=True)
-class AdaKV:
+class AdaKV(Policy):
     """Attend to the best `budget` x G positions of a layer's G key/value heads together; `budget` is a head's mean.
 
     Each head has at least `floor` of `budget`. `scores` names the policy that scores, whose own knobs are the others.
@@ -45,9 +45,6 @@ class AdaKV:
     @property
     def _scored_by(self) -> SnapKV:
         return SnapKV(self.budget, self.window, self.kernel, self.once)
-
-    def knobs(self) -> dict[str, Any]:
-        return {"scores": self.scores, "floor": self.floor, **self._scored_by.knobs()}
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return self._scored_by.selector_with(lambda scores: top_across_heads(scores, self.budget, self.floor))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from sessiond.policies.base import ModelFacts, Policy
 
 
 @dataclass(frozen=True, slots=True)
-class Full:
+class Full(Policy):
     """Attend to all tokens. No knobs."""
 
     name: ClassVar[str] = "full"
-    dense_prompt: ClassVar[bool] = True
 
-    def knobs(self) -> dict[str, Any]:
-        return {}
+    def fits(self, model: ModelFacts) -> None:
+        """Every model."""
 
     def selector(self, layer: int, n_layers: int) -> None:
         return None

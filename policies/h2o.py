@@ -9,23 +9,22 @@ within a turn, and is made once in each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
 
 
 @dataclass(frozen=True, slots=True)
-class H2O:
+class H2O(Policy):
     """Attend to `budget` tokens of history: the `recent` newest of it, and of the others the highest scores."""
 
     name: ClassVar[str] = "h2o"
-    dense_prompt: ClassVar[bool] = False
     budget: int = 512
     recent: int = 256
 
@@ -33,8 +32,9 @@ class H2O:
         whole(self.name, "budget", self.budget, 1, 1 << 20)
         whole(self.name, "recent", self.recent, 0, self.budget)
 
-    def knobs(self) -> dict[str, Any]:
-        return {"budget": self.budget, "recent": self.recent}
+    @property
+    def dense_prompt(self) -> bool:
+        return False
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return H2OSelector(self)

@@ -7,23 +7,22 @@ The paper's pages are of 16 tokens; on heads of 64 channels pages of 4 agree far
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import whole
 from sessiond.policies.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
-class Quest:
+class Quest(Policy):
     """Attend to `budget` earlier tokens, in pages of `page`, and to the turn's own; all in the first `dense_layers`."""
 
     name: ClassVar[str] = "quest"
-    dense_prompt: ClassVar[bool] = True
     page: int = 4
     budget: int = 512
     dense_layers: int = 2
@@ -32,9 +31,6 @@ class Quest:
         whole(self.name, "page", self.page, 1, 1024)
         whole(self.name, "budget", self.budget, self.page, 1 << 20)
         whole(self.name, "dense_layers", self.dense_layers, 0, 1024)
-
-    def knobs(self) -> dict[str, Any]:
-        return {"page": self.page, "budget": self.budget, "dense_layers": self.dense_layers}
 
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         return None if layer < self.dense_layers else QuestSelector(self)

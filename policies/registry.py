@@ -31,16 +31,25 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
     """The policy of that name with those knobs; whole numbers may come as 4.0, as protobuf's Struct has them.
 
+    A knob that is an object with a `name` is itself a policy.
+
     Raises UnknownPolicy for an unknown name or knob, InvalidConfig for a knob outside its range.
     """
     factory = POLICIES.get(name)
     if factory is None:
         raise UnknownPolicy(f"no policy {name!r}; there are {', '.join(sorted(POLICIES))}", policy=name)
     try:
-        return factory(**{knob: _number(value) for knob, value in knobs.items()})
+        return factory(**{knob: _knob(value) for knob, value in knobs.items()})
     except TypeError as error:
         raise UnknownPolicy(f"policy {name!r}: {error}", policy=name) from error
 
 
-def _number(value: Any) -> Any:
+def _knob(value: Any) -> Any:
+    """A knob as a policy takes it: an object with a name is a policy within it."""
+    if isinstance(value, Mapping):
+        inner = dict(value)
+        name = inner.pop("name", None)
+        return parse(name, inner) if isinstance(name, str) else {key: _knob(part) for key, part in inner.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_knob(part) for part in value)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
 from sessiond.policies.observing import Observed
@@ -25,7 +25,7 @@ from sessiond.policies.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
-class RocketKV:
+class RocketKV(Policy):
     """`budget` is the traffic of a step in tokens per key/value head: half to estimate with, half to attend to.
 
     `window` queries are observed, `carry` of them at most from before the turn; `kernel` widens what they look at to
@@ -33,7 +33,6 @@ class RocketKV:
     """
 
     name: ClassVar[str] = "rocketkv"
-    dense_prompt: ClassVar[bool] = True
     budget: int = 512
     window: int = 32
     kernel: int = 63
@@ -46,15 +45,6 @@ class RocketKV:
         whole(self.name, "kernel", self.kernel, 1, 4095)
         whole(self.name, "carry", self.carry, 0, 4096)
         whole(self.name, "max_new", self.max_new, 1, 1 << 20)
-
-    def knobs(self) -> dict[str, Any]:
-        return {
-            "budget": self.budget,
-            "window": self.window,
-            "kernel": self.kernel,
-            "carry": self.carry,
-            "max_new": self.max_new,
-        }
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return RocketKVSelector(self)

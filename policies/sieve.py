@@ -8,27 +8,27 @@ count for all heads of a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import share, whole
 from sessiond.policies.quantized import BITS, QuantizedKeys
 
 
 @dataclass(frozen=True, slots=True)
-class Sieve:
+class Sieve(Policy):
     """Attend to the fewest tokens whose estimated weights reach `mass`: at least `least`, at most `most`.
 
     `bits`: of a key's numbers in the index. `dense_layers`: so many first layers attend to everything.
     """
 
     name: ClassVar[str] = "sieve"
-    dense_prompt: ClassVar[bool] = True
+    offloads: ClassVar[bool] = True
     bits: int = 4
     mass: float = 0.99
     least: int = 64
@@ -43,12 +43,6 @@ class Sieve:
         whole(self.name, "most", self.most, 1, 1 << 20)
         whole(self.name, "least", self.least, 1, self.most)
         whole(self.name, "dense_layers", self.dense_layers, 0, 1 << 10)
-
-    def knobs(self) -> dict[str, Any]:
-        return {
-            "bits": self.bits, "mass": self.mass, "least": self.least, "most": self.most,
-            "dense_layers": self.dense_layers,
-        }  # fmt: skip
 
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         return None if layer < self.dense_layers else SieveSelector(self)

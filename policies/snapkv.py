@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.choosing import ascending, summed_weights, top
 from sessiond.policies.knobs import flag, odd, whole
 
@@ -25,7 +25,7 @@ Pick = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class SnapKV:
+class SnapKV(Policy):
     """Attend to the `budget` tokens of history that the prompt's last `window` queries look at most, per KV head.
 
     `kernel` is the width of the max-pool. With `once` the first prompt's own window is part of the budget, as there.
@@ -43,9 +43,6 @@ class SnapKV:
     @property
     def dense_prompt(self) -> bool:
         return not self.once
-
-    def knobs(self) -> dict[str, Any]:
-        return {"budget": self.budget, "window": self.window, "kernel": self.kernel, "once": self.once}
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return self.selector_with(lambda scores: top(scores, self.budget))

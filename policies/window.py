@@ -6,21 +6,20 @@ What lies between is not attended, and not lost: the next turn may look at it un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.policies.base import LayerView, Policy, Selector
 from sessiond.policies.knobs import whole
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class Window(Policy):
     """Attend to `sinks` first tokens and the `recent` newest ones, the turn's own among them."""
 
     name: ClassVar[str] = "window"
-    dense_prompt: ClassVar[bool] = False
     sinks: int = 4
     recent: int = 508
 
@@ -28,8 +27,9 @@ class Window:
         whole(self.name, "sinks", self.sinks, 0, 1 << 20)
         whole(self.name, "recent", self.recent, 1, 1 << 20)
 
-    def knobs(self) -> dict[str, Any]:
-        return {"sinks": self.sinks, "recent": self.recent}
+    @property
+    def dense_prompt(self) -> bool:
+        return False
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return WindowSelector(self)

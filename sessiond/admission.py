@@ -19,7 +19,6 @@ from sessiond.errors import (
 )
 from sessiond.live import Live
 from sessiond.messages import decode_messages
-from sessiond.policies import registry
 from sessiond.sampling import SamplingParams
 from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.template import Message
@@ -54,7 +53,7 @@ def check(desk: Desk, request: TurnRequest) -> None:
             "request_id is required: choose one for each turn, and use it again to retry", field="request_id"
         )
     if request.policy:
-        registry.parse(*request.policy)
+        desk.check_policy(*request.policy)
     request.sampling.check_vocab(desk.vocab_size)
     given = bool(request.messages) or request.token_ids is not None
     if request.mode == CONTINUE:

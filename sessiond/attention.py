@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sessiond.cache import KEY_GRANULE, PackedSpan
 from sessiond.kernels.attention import Scratch, attend_chosen, attend_few, attend_reference, few_tokens_supported
+from sessiond.kernels.rope import Rope
 
 NAME = "sessiond"
 
@@ -20,9 +21,18 @@ class PackedStep:
 
     spans: list[PackedSpan]
     scratch: Scratch
+    rope: Rope | None = None  # of the layers that see all of history
 
 
-def attend(query: Tensor, span: PackedSpan, layer: int, scaling: float, window: int | None, scratch: Scratch) -> Tensor:
+def attend(
+    query: Tensor,
+    span: PackedSpan,
+    layer: int,
+    scaling: float,
+    window: int | None,
+    scratch: Scratch,
+    rope: Rope | None = None,
+) -> Tensor:
     """Causal attention of a span's new tokens over its session's keys and values, theirs included (already written).
 
     query [H, Q, D] stand at [position, position + Q); `window` limits each to its last `window` keys.
@@ -30,10 +40,11 @@ def attend(query: Tensor, span: PackedSpan, layer: int, scaling: float, window: 
     """
     keys, values = span.cache.keys[layer], span.cache.values[layer]
     if span.selection is not None and window is None:  # a sliding layer sees little as it is
-        chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, decoding=span.decoding)
+        chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, rope, decoding=span.decoding)
         if chosen is not None:
             own = slice(span.selection.turn_start, span.position + query.shape[1])
-            return attend_chosen(query, keys, values, chosen, own, scaling, scratch)
+            forms = chosen.keys, chosen.values
+            return attend_chosen(query, keys, values, chosen.positions, own, scaling, scratch, forms)
     if few_tokens_supported(query):
         return attend_few(query, keys, values, span.position, window, scaling, scratch)
     # keys in [first, last) take part; those in [open_end, last) differ by query and are masked
@@ -60,11 +71,11 @@ def sessiond_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     heads, spans, scratch = query[0], packed.spans, packed.scratch
     if len(spans) == 1 and heads.shape[1] == spans[0].end - spans[0].start:
-        return attend(heads, spans[0], layer, scaling, sliding_window, scratch)[None], None
+        return attend(heads, spans[0], layer, scaling, sliding_window, scratch, packed.rope)[None], None
     out = heads.new_zeros(heads.shape[1], heads.shape[0], heads.shape[2])
     for span in spans:
         rows = slice(span.start, span.end)
-        out[rows] = attend(heads[:, rows], span, layer, scaling, sliding_window, scratch)
+        out[rows] = attend(heads[:, rows], span, layer, scaling, sliding_window, scratch, packed.rope)
     return out[None], None
 
 

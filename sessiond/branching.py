@@ -12,7 +12,6 @@ from sessiond.errors import BadRequest, RequestIdReused, SessionExists
 from sessiond.history import read_history
 from sessiond.live import Live, touched
 from sessiond.newsession import fresh_record, made_before, session_id_of
-from sessiond.policies import registry
 from sessiond.retelling import retold_session
 from sessiond.sessions import Sessions, check_etag, refuse_busy
 from sessiond.sharing import common_tokens
@@ -35,7 +34,7 @@ async def fork(sessions: Sessions, tenant: str, asked: Fork) -> SessionView:
         raise BadRequest("another model or adapter needs recompute", field="model" if asked.model else "adapter")
     sessions.refuse_absent_model(asked.model, asked.adapter)
     if asked.policy is not None:
-        registry.parse(*asked.policy)
+        desk.check_policy(*asked.policy)
     fork_id = session_id_of(tenant, asked.request_id)
     if made := made_before(log, tenant, asked.request_id, asked.digest):
         return session_view(desk, made)

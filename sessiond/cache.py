@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sessiond.policies.base import Policy
+from sessiond.policies.prior import Prior
 from sessiond.selection import Selection
 from sessiond.types import KVShape, Span
 
@@ -67,6 +68,7 @@ class SessionCache:
         self.sealed = 0
         self.borrowed = 0
         self.selection: Selection | None = None  # None: everything takes part
+        self.prior: Prior | None = None  # what is known of its tokens, whatever is asked
 
     def use(self, policy: Policy, turn_start: int, *, again: bool = False) -> None:
         """Let `policy` choose for a turn whose own tokens stand at `turn_start`. What it derived before is kept.
@@ -76,6 +78,7 @@ class SessionCache:
         if self.selection is None or self.selection.policy != policy:
             self.selection = None if policy.name == "full" else Selection(policy, self.shape.n_layers)
         if self.selection is not None:
+            self.selection.prior = self.prior
             self.selection.begin_turn(turn_start, again=again)
 
     def about_to_change(self, position: int) -> None:
@@ -88,7 +91,7 @@ class SessionCache:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the tokens held now occupy, and what a policy derived from them."""
-        derived = self.selection.nbytes if self.selection else 0
+        derived = sum(part.nbytes for part in (self.selection, self.prior) if part is not None)
         return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token + derived
 
     def use_huge_pages(self) -> None:
@@ -123,7 +126,7 @@ class SessionCache:
     def clear(self) -> None:
         """Zero all memory and hold nothing."""
         self.epoch += 1
-        self.selection = None
+        self.selection = self.prior = None
         for layer in range(self.shape.n_layers):
             self.keys[layer].zero_()
             self.values[layer].zero_()
@@ -138,6 +141,8 @@ class SessionCache:
             self.epoch += 1  # before the bytes change: who copies looks at it last
         if self.selection is not None:
             self.selection.keep(length)
+        if self.prior is not None:
+            self.prior = self.prior.before(length)
         if length < self._written:
             for layer in range(self.shape.n_layers):
                 self.keys[layer][:, length : self._written].zero_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
 from sessiond.handover import Handover
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
+from sessiond.policies import registry
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Ended, Event, SealWork, TokenOut
@@ -105,6 +106,10 @@ class Desk:
     def stop_ids_of(self, sampling: SamplingParams) -> frozenset[int]:
         """Tokens that end a turn: the model's and the request's."""
         return self.stop_ids | frozenset(sampling.stop_token_ids)
+
+    def check_policy(self, name: str, knobs: Mapping[str, Any]) -> None:
+        """Raises UnknownPolicy or InvalidConfig unless there is such a policy and the model can run under it."""
+        registry.parse(name, knobs).fits(self.engine.model.facts)
 
     # --- between threads -----------------------------------------------------------------------------------------
 

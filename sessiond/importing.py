@@ -19,7 +19,6 @@ from sessiond.manifest import Manifest, decode_manifest
 from sessiond.modelidentity import differing_fields, profile_id
 from sessiond.newsession import made_before
 from sessiond.places import ArchivePlaces
-from sessiond.policies import registry
 from sessiond.retelling import TOKENIZER, retell, untellable
 from sessiond.sessions import Sessions
 from sessiond.storage.archive import ArchiveReader, corrupt
@@ -118,7 +117,7 @@ class Imports:
         fields = differing_fields(manifest.identity, ours)
         shape = None if fields else desk.tiers.shape
         found = check_blocks(reader, manifest.history, len(manifest.profiles), shape)
-        registry.parse(*manifest.policy)
+        desk.check_policy(*manifest.policy)
         verdict, history = _judge(desk, asked, manifest, ours, fields)
         with_kv = found.covered(history, history.head) if verdict == "exact" else 0
         done = Imported(None, verdict, fields, manifest.history.n_tokens, with_kv)

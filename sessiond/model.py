@@ -19,6 +19,8 @@ from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.kernels.attention import Scratch
 from sessiond.kernels.linear import linear
 from sessiond.kernels.native_library import AVX512_BF16
+from sessiond.kernels.rope import Rope
+from sessiond.policies.base import ModelFacts
 from sessiond.selection import Selection
 from sessiond.types import KVShape
 
@@ -74,6 +76,29 @@ class Model:
             dtype=_DTYPE_NAMES[module.dtype],
         )
         self._scratch = Scratch()
+        self._rope = _rope_of(self.module)
+
+    @property
+    def rope(self) -> Rope | None:
+        """Of the layers that see all of history; None if their keys are rotated in another way."""
+        return self._rope
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What a policy must fit."""
+        kinds = getattr(self.config, "layer_types", None) or self._all_alike()
+        return ModelFacts(
+            self.shape.n_layers,
+            self.shape.n_kv_heads,
+            self.shape.head_dim,
+            tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention"),
+            self.max_context,
+        )
+
+    def _all_alike(self) -> list[str]:
+        """Kinds of the layers of a config that does not list them."""
+        window = getattr(self.config, "sliding_window", None)
+        return ["sliding_attention" if window else "full_attention"] * self.shape.n_layers
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -143,7 +168,7 @@ class Model:
             past_key_values=PackedCache(self.shape.n_layers, spans),
             use_cache=True,
             logits_to_keep=torch.tensor(logit_rows, dtype=torch.long),
-            packed=attention.PackedStep(spans, self._scratch),
+            packed=attention.PackedStep(spans, self._scratch, self._rope),
         )
         logits: Tensor = output.logits[0]
         return logits.float()
@@ -175,6 +200,16 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelCorrupt(f"the tokenizer in {path} cannot be read: {error}", path=path) from error
+
+
+def _rope_of(module: Any) -> Rope | None:
+    """The model's rotary embedding, of full-attention layers where kinds of layers differ."""
+    embedding = getattr(getattr(module, "model", None), "rotary_emb", None)
+    for prefix in ("full_attention_", ""):
+        inv_freq = getattr(embedding, f"{prefix}inv_freq", None)
+        if isinstance(inv_freq, Tensor):
+            return Rope(inv_freq.float(), float(getattr(embedding, f"{prefix}attention_scaling", 1.0)))
+    return None
 
 
 def _rope_types(config: PreTrainedConfig) -> list[str]:

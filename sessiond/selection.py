@@ -10,7 +10,9 @@ from __future__ import annotations
 import structlog
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.kernels.rope import Rope
+from sessiond.policies.base import LayerView, Policy, Selector, Taken
+from sessiond.policies.prior import Prior
 
 log = structlog.get_logger()
 
@@ -22,6 +24,7 @@ class Selection:
         self.policy = policy
         self.turn_start = 0
         self.failure: Exception | None = None
+        self.prior: Prior | None = None
         self._selectors: list[Selector | None] = [policy.selector(layer, n_layers) for layer in range(n_layers)]
 
     @property
@@ -47,8 +50,17 @@ class Selection:
                 selector.renew(n)
 
     def choose(
-        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, position: int, scaling: float, *, decoding: bool
-    ) -> Tensor | None:
+        self,
+        layer: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        position: int,
+        scaling: float,
+        rope: Rope | None = None,
+        *,
+        decoding: bool,
+    ) -> Taken | None:
         """Earlier positions that take part for queries [H, Q, D] at `position` and on; None: all (LayerView, Selector).
 
         keys and values [G, capacity, D] hold the queries' own already. History that is computed again attends to all,
@@ -59,22 +71,37 @@ class Selection:
             return None
         if position < self.turn_start and not self.policy.dense_prompt:
             return None
-        view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling)
+        view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling, rope, self.prior)
         try:
-            chosen = selector.step(view) if decoding else selector.prompt(view)
+            answer = selector.step(view) if decoding else selector.prompt(view)
+            chosen = Taken(answer, None, None, "exact", 0) if isinstance(answer, Tensor) else answer
             if chosen is not None:
-                self._check(chosen, keys.shape[0])
+                self._check(chosen, keys)
         except Exception as error:
             log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
             self.failure = error
             return None
-        if chosen is None or chosen.shape[1] >= self.turn_start or (self.policy.dense_prompt and not decoding):
+        if chosen is None or (self.policy.dense_prompt and not decoding):
             return None  # all of them; prompts under such a policy may be canonical
+        if chosen.positions.shape[1] >= self.turn_start and chosen.keys is None and chosen.values is None:
+            return None
         return chosen
 
-    def _check(self, chosen: Tensor, n_groups: int) -> None:
+    def rest(self, layer: int, keys: Tensor, values: Tensor, length: int, rope: Rope | None) -> None:
+        """The turn is over: let the selector of a layer catch up with `length` tokens. Nobody waits for it."""
+        selector = self._selectors[layer]
+        if selector is None or self.failure is not None:
+            return
+        nothing = keys.new_empty(keys.shape[0], 0, keys.shape[2])
+        selector.rest(LayerView(nothing, keys[:, :length], values[:, :length], length, length, 1.0, rope, self.prior))
+
+    def _check(self, chosen: Taken, keys: Tensor) -> None:
         """An answer outside what was asked for would read other memory, or end the step of other sessions too."""
-        if chosen.ndim != 2 or chosen.shape[0] != n_groups or chosen.is_floating_point():
-            raise ValueError(f"positions of shape {tuple(chosen.shape)} and type {chosen.dtype}")
-        if chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) < self.turn_start:
+        at, n_groups = chosen.positions, keys.shape[0]
+        if at.ndim != 2 or at.shape[0] != n_groups or at.is_floating_point():
+            raise ValueError(f"positions of shape {tuple(at.shape)} and type {at.dtype}")
+        if at.numel() and not -1 <= int(at.min()) <= int(at.max()) < self.turn_start:
             raise ValueError(f"positions outside [0, {self.turn_start})")
+        for form in (chosen.keys, chosen.values):
+            if form is not None and (form.shape != (*at.shape, keys.shape[2]) or form.dtype != keys.dtype):
+                raise ValueError(f"{chosen.form} of shape {tuple(form.shape)} and type {form.dtype}")

@@ -36,7 +36,6 @@ from sessiond.live import Live
 from sessiond.modelidentity import differing_fields
 from sessiond.newsession import begin_session, made_before
 from sessiond.paging import format_page_token, page_length, parse_page_token
-from sessiond.policies import registry
 from sessiond.restoring import Restoration
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed
@@ -63,7 +62,7 @@ class Sessions:
         """Commit a root revision. The same request_id again returns the session it made."""
         self.refuse_draining()
         self.refuse_absent_model(new.model, new.adapter)
-        registry.parse(*new.policy)
+        self.desk.check_policy(*new.policy)
         if new.messages and new.token_ids is not None:
             raise BadRequest("a session starts with messages or token_ids, not both", field="token_ids")
         desk = self.desk
@@ -120,7 +119,7 @@ class Sessions:
         self.record(tenant, session_id)
         live = self.desk.live(tenant, session_id)
         if "policy" in changes:
-            registry.parse(changes["policy"]["name"], changes["policy"]["knobs"])
+            self.desk.check_policy(changes["policy"]["name"], changes["policy"]["knobs"])
         now = self.desk.now_us()
 
         def build(record: SessionRecord) -> LogBatch:

@@ -151,7 +151,8 @@ def chosen_in_a_step(session: Session) -> list[torch.Tensor | None]:
     for layer in range(model.shape.n_layers):
         query = torch.randn(n_heads, 1, model.shape.head_dim, generator=draw).to(cache.keys[layer].dtype)
         position, keys, values = cache.length - 1, cache.keys[layer], cache.values[layer]
-        out.append(cache.selection.choose(layer, query, keys, values, position, 0.2, decoding=True))
+        taken = cache.selection.choose(layer, query, keys, values, position, 0.2, model.rope, decoding=True)
+        out.append(None if taken is None else taken.positions)
     assert cache.selection.failure is None
     return out
 
