@@ -142,6 +142,10 @@ class Policy:
             told = f"policy {self.name!r} has nothing to choose: every layer of this model has a sliding window"
             raise InvalidConfig(told, policy=self.name, knob="name", range="full")
 
+    def index_bytes(self, model: ModelFacts) -> int:
+        """Bytes that its index takes for each token, about: memory is set aside for them before a turn."""
+        return 0
+
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         """What chooses in one layer; None where all tokens take part at every step."""
         raise NotImplementedError

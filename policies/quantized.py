@@ -13,6 +13,11 @@ from torch import Tensor
 BITS = (2, 4, 8)
 
 
+def bytes_per_key(head_dim: int, bits: int) -> int:
+    """Codes, scale and zero of one token's key in one head."""
+    return -(-head_dim * bits // 8) + 2 * torch.bfloat16.itemsize
+
+
 class QuantizedKeys:
     """Codes of keys at [0, n), one layer of one session; grows and shrinks at its end."""
 
@@ -26,6 +31,11 @@ class QuantizedKeys:
     def nbytes(self) -> int:
         """Bytes of memory held, room to grow included."""
         return self._codes.nbytes + self._scales.nbytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the codes of all n keys: what scores read."""
+        return (self.nbytes // self._codes.shape[1]) * self.n if self.n else 0
 
     def keep(self, n: int) -> None:
         self.n = min(self.n, n)

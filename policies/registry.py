@@ -44,6 +44,11 @@ def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
         raise UnknownPolicy(f"policy {name!r}: {error}", policy=name) from error
 
 
+def stored(policy: Mapping[str, Any]) -> Policy:
+    """The policy of a session's record: {"name", "knobs"}."""
+    return parse(policy["name"], policy["knobs"])
+
+
 def _knob(value: Any) -> Any:
     """A knob as a policy takes it: an object with a name is a policy within it."""
     if isinstance(value, Mapping):

@@ -71,11 +71,14 @@ def sessiond_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     heads, spans, scratch = query[0], packed.spans, packed.scratch
     if len(spans) == 1 and heads.shape[1] == spans[0].end - spans[0].start:
-        return attend(heads, spans[0], layer, scaling, sliding_window, scratch, packed.rope)[None], None
+        alone = attend(heads, spans[0], layer, scaling, sliding_window, scratch, packed.rope)[None]
+        spans[0].cache.release(layer)
+        return alone, None
     out = heads.new_zeros(heads.shape[1], heads.shape[0], heads.shape[2])
     for span in spans:
         rows = slice(span.start, span.end)
         out[rows] = attend(heads[:, rows], span, layer, scaling, sliding_window, scratch, packed.rope)
+        span.cache.release(layer)
     return out[None], None
 
 
