@@ -117,6 +117,16 @@ class ModelFacts:
     max_context: int
 
 
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What is known as a turn is planned: its tokens with all before, the share of the memory budget in use, and the
+    share of attention that the last turn's choice held, if that was measured."""
+
+    n_tokens: int
+    memory_used: float
+    attention_mass: float | None = None
+
+
 class Policy:
     """A frozen dataclass whose fields are its knobs."""
 
@@ -141,6 +151,10 @@ class Policy:
         if not model.attending:
             told = f"policy {self.name!r} has nothing to choose: every layer of this model has a sliding window"
             raise InvalidConfig(told, policy=self.name, knob="name", range="full")
+
+    def settle_on(self, situation: Situation) -> tuple[Policy, str]:
+        """The policy that a turn runs under, and why if that is another one."""
+        return self, ""
 
     def index_bytes(self, model: ModelFacts) -> int:
         """Bytes that its index takes for each token, about: memory is set aside for them before a turn."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from sessiond.errors import UnknownPolicy
 from sessiond.policies.adakv import AdaKV
+from sessiond.policies.auto import Auto
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
@@ -25,6 +26,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "quest": Quest,
     "rocketkv": RocketKV,
     "sieve": Sieve,
+    "auto": Auto,
 }
 
 

@@ -23,7 +23,7 @@ from sessiond.handover import Handover
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.policies import registry
-from sessiond.policies.base import Policy
+from sessiond.policies.base import Policy, Situation
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Ended, Event, SealWork, TokenOut
@@ -231,6 +231,10 @@ class Desk:
         self.restored_tokens += report.tokens_restored
         return report
 
+    def situation(self, live: Live, n_tokens: int) -> Situation:
+        """What a policy may go by when a turn of `n_tokens` in all is planned."""
+        return Situation(n_tokens, self.hot_bytes / self.settings.memory_budget_bytes, live.attention_mass)
+
     async def make_room(self, live: Live, policy: Policy, held: int, tokens: int) -> None:
         """Push out idle sessions, least recently used first, until this one fits with `tokens`. Raises MemoryBudget.
 
@@ -319,7 +323,8 @@ class Desk:
                 await self._seal(live)
             await self.persist(live, gently=True)
             await self._rest(live)
-            await self._place(live, registry.stored(record.policy))
+            policy, _ = registry.stored(record.policy).settle_on(self.situation(live, len(live.ids)))
+            await self._place(live, policy)
         except DiskFull as error:
             live.unsaved = True  # the keeper tries again when there is space
             log.warning("KV waits for disk space", session=live.session_id, error=error.message)

@@ -40,6 +40,7 @@ class Live:
     chain: list[RevisionRecord] = field(default_factory=list)
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.uint32))
     persisted: int = 0
+    attention_mass: float | None = None  # that the last turn's choice held, where it was sampled
     unsaved: bool = False  # its KV could not be written for want of disk space
     turn: Turn | None = None
     settling: asyncio.Task[None] | None = None

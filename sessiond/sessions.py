@@ -295,7 +295,8 @@ class Sessions:
             if live.cache is None:
                 try:
                     held = len(live.ids)
-                    await self.desk.make_room(live, registry.stored(record.policy), held, held)
+                    policy, _ = registry.stored(record.policy).settle_on(self.desk.situation(live, held))
+                    await self.desk.make_room(live, policy, held, held)
                     report = await self.desk.warm(live, share=record.seal)
                 finally:
                     live.give_room_back()

@@ -32,3 +32,8 @@ class TurnPlan:
         """As it was when the turn began: its own, or else the session's."""
         own = self.request.params.get("policy")
         return registry.parse(*own) if own else registry.stored(self.record.policy)
+
+    @property
+    def policy_why(self) -> str:
+        """Why it runs under that policy, if one was asked for that settles on others."""
+        return str(self.request.params.get("policy_why", ""))

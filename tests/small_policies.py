@@ -12,5 +12,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "adakv": {"budget": 16, "window": 8},
     "quest": {"budget": 16, "dense_layers": 0},
     "rocketkv": {"budget": 32, "window": 8, "kernel": 7},
+    "auto": {"dense_until": 32, "scarce_until": 0},
     "sieve": {"least": 4, "most": 16},
 }

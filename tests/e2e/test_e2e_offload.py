@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
-from e2e_daemon import PATIENCE, Daemons, Peer, peer_of
+from e2e_daemon import Daemons, Peer, patience, peer_of
 from small_policies import SMALL
 
 from sessiond.backing import files_supported
@@ -28,9 +27,11 @@ def cache_of(daemon: Daemon, session: str) -> SessionCache:
 
 
 async def lies_in_a_file(daemon: Daemon, session: str, wanted: bool) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while cache_of(daemon, session).is_offloaded != wanted:
-            await asyncio.sleep(0.02)
+    settling = daemon.desk.live("default", session).settling
+    assert settling is not None
+    async with patience(lambda: f"offloaded is {cache_of(daemon, session).is_offloaded}"):
+        await settling
+    assert cache_of(daemon, session).is_offloaded == wanted
 
 
 async def test_such_a_session_answers_as_one_in_memory_and_takes_less_of_it(daemons: Daemons):
