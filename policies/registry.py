@@ -10,6 +10,8 @@ from sessiond.policies.adakv import AdaKV
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
+from sessiond.policies.kivi import Kivi
+from sessiond.policies.lowbit import Int4, Int8
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
 from sessiond.policies.sieve import Sieve
@@ -25,6 +27,9 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "quest": Quest,
     "rocketkv": RocketKV,
     "sieve": Sieve,
+    "int8": Int8,
+    "int4": Int4,
+    "kivi": Kivi,
 }
 
 

@@ -13,4 +13,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "quest": {"budget": 16, "dense_layers": 0},
     "rocketkv": {"budget": 32, "window": 8, "kernel": 7},
     "sieve": {"least": 4, "most": 16},
+    "int8": {"group": 16},
+    "int4": {"group": 16},
+    "kivi": {"group": 8, "residual": 16},
 }
