@@ -8,6 +8,7 @@ from typing import Any
 from sessiond.errors import UnknownPolicy
 from sessiond.policies.adakv import AdaKV
 from sessiond.policies.base import Policy
+from sessiond.policies.compose import ByPrior, Layers, Viewed
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
 from sessiond.policies.kivi import Kivi
@@ -30,6 +31,9 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "int8": Int8,
     "int4": Int4,
     "kivi": Kivi,
+    "layers": Layers,
+    "viewed": Viewed,
+    "prior": ByPrior,
 }
 
 
