@@ -165,10 +165,15 @@ class Policy:
         raise NotImplementedError
 
 
+def named(policy: Policy) -> dict[str, Any]:
+    """A policy as a knob of another: a JSON object with its name and its knobs."""
+    return {"name": policy.name, **policy.knobs()}
+
+
 def _told(value: Any) -> Any:
-    """A knob as a JSON value: a policy within a policy is an object with its name."""
+    """A knob as a JSON value."""
     if isinstance(value, Policy):
-        return {"name": value.name, **value.knobs()}
+        return named(value)
     if isinstance(value, tuple):
         return [_told(part) for part in value]
     return value

@@ -9,8 +9,11 @@ from sessiond.errors import UnknownPolicy
 from sessiond.policies.adakv import AdaKV
 from sessiond.policies.auto import Auto
 from sessiond.policies.base import Policy
+from sessiond.policies.compose import ByPrior, Layers, Viewed
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
+from sessiond.policies.kivi import Kivi
+from sessiond.policies.lowbit import Int4, Int8
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
 from sessiond.policies.sieve import Sieve
@@ -27,6 +30,12 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "rocketkv": RocketKV,
     "sieve": Sieve,
     "auto": Auto,
+    "int8": Int8,
+    "int4": Int4,
+    "kivi": Kivi,
+    "layers": Layers,
+    "viewed": Viewed,
+    "prior": ByPrior,
 }
 
 

@@ -17,7 +17,7 @@ from sessiond.errors import InvalidConfig
 from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import share, whole
-from sessiond.policies.quantized import BITS, QuantizedKeys, bytes_per_key
+from sessiond.policies.quantized import BITS, QuantizedKeys, bytes_per_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Sieve(Policy):
 
     def index_bytes(self, model: ModelFacts) -> int:
         layers = sum(layer >= self.dense_layers for layer in model.attending)
-        return layers * model.n_kv_heads * bytes_per_key(model.head_dim, self.bits) * 5 // 4  # and its room to grow
+        return layers * model.n_kv_heads * bytes_per_row(model.head_dim, self.bits) * 5 // 4  # and its room to grow
 
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         return None if layer < self.dense_layers else SieveSelector(self)
@@ -66,7 +66,7 @@ class SieveSelector(Selector):
 
     @property
     def scan(self) -> Scan | None:
-        return Scan(f"{self._policy.bits}-bit keys", self._index.n, self._index.read_bytes)
+        return Scan(f"{self._policy.bits}-bit keys", self._index.n, self._index.used(self._index.n))
 
     def prompt(self, view: LayerView) -> None:
         """Take the piece's keys along, unless much is missing: the first token does not wait for that."""

@@ -12,6 +12,7 @@ from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_t
 from kernel_marks import needs_avx512_bf16
 from small_policies import SMALL
 
+from sessiond.policies.base import Situation
 from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
 
@@ -39,7 +40,8 @@ def model(request):
 def converse(session: Session, turns: list[tuple[str, Mapping[str, Any]]]) -> None:
     for i, (name, knobs) in enumerate(turns):
         ids = random_ids(INPUTS[i % len(INPUTS)], i)
-        session.run(ids, ANSWER, policy=parse(name, knobs), turn_start=len(session.log))
+        policy, _ = parse(name, knobs).settle_on(Situation(len(session.log), 0.0))
+        session.run(ids, ANSWER, policy=policy, turn_start=len(session.log))
 
 
 def sealed_by_full(model, log: list[int]) -> list[str]:
