@@ -12,6 +12,7 @@ from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
+from sessiond.policies.shadowkv import ShadowKV
 from sessiond.policies.sieve import Sieve
 from sessiond.policies.snapkv import SnapKV
 from sessiond.policies.window import Window
@@ -25,6 +26,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "quest": Quest,
     "rocketkv": RocketKV,
     "sieve": Sieve,
+    "shadowkv": ShadowKV,
 }
 
 
