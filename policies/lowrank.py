@@ -24,14 +24,15 @@ class LowRank:
     appended block that loses a share of `drift` more than the rows lost which the basis was made from.
     """
 
-    # [0, factored)  the basis and the mean are of these rows, and so are the sums
+    # [0, factored)  the basis and the mean are of these rows
     # [factored, n)  appended in that basis
+    # [0, summed)    in the sums: `factored` rows, or none where some were computed again
     def __init__(self, rank: int, energy: float, drift: float) -> None:
         self._rank, self._energy, self._drift = rank, energy, drift
         self._forget()
 
     def _forget(self) -> None:
-        self.factored = 0
+        self.factored = self._summed = 0
         self._lost = 0.0  # share of the factored rows' scatter that the basis does not hold
         empty = torch.empty(0)
         self._origin, self._mean, self._basis, self._coordinates = empty, empty, empty, empty
@@ -55,8 +56,14 @@ class LowRank:
         """Forget the rows from `n` on; all of them, if the basis was made with some of those."""
         if n < self.factored:
             self._forget()
-        elif n < self.n:
-            self._coordinates = self._coordinates[:n].clone()
+        else:
+            self._cut(n)
+
+    def renew(self, n: int) -> None:
+        """The rows from `n` on are computed again, for the same tokens: the basis stays while it holds them."""
+        self._cut(n)
+        if n < self._summed:
+            self._summed = 0
 
     def cover(self, rows: Rows, n: int) -> None:
         """Hold the first `n` rows. `rows(a, b)` [b - a, C], fp32, are the exact ones at [a, b)."""
@@ -82,7 +89,7 @@ class LowRank:
 
     def _factor(self, rows: Rows, n: int) -> None:
         """A basis of the first `n` rows, and their coordinates."""
-        for block in _blocks(rows, self.factored, n):
+        for block in _blocks(rows, self._summed, n):
             self._add(block)
         self.factored = n
         offset = self._sum / n
@@ -96,13 +103,18 @@ class LowRank:
         self._coordinates = torch.cat([self._project(block - self._mean) for block in _blocks(rows, 0, n)])
 
     def _add(self, block: Tensor) -> None:
-        if self._gram.ndim != 2:
+        if self._summed == 0:
             self._origin = block.mean(0)
             self._sum = torch.zeros_like(self._origin)
             self._gram = block.new_zeros(block.shape[1], block.shape[1])
         about = block - self._origin
         self._sum += about.sum(0)
         self._gram += about.T @ about
+        self._summed += len(block)
+
+    def _cut(self, n: int) -> None:
+        if n < self.n:
+            self._coordinates = self._coordinates[:n].clone()
 
     def _project(self, about: Tensor) -> Tensor:
         return (about @ self._basis.float()).to(torch.bfloat16)

@@ -86,6 +86,12 @@ class ShadowKVSelector(Selector):
         self._landmarks.keep(n)
         self._outliers = None
 
+    def renew(self, n: int) -> None:
+        """The basis is no copy of keys: it stays as long as it holds them."""
+        self._factors.renew(n)
+        self._landmarks.keep(n)
+        self._outliers = None
+
     def prompt(self, view: LayerView) -> None:
         self._cover(view)
 

@@ -178,6 +178,42 @@ def test_a_cut_into_the_factored_rows_forgets_the_basis(n: int):
     assert torch.equal(held(factors), held(fresh))
 
 
+@pytest.mark.parametrize("n", [0, 40, 99, 120])
+def test_rows_that_are_computed_again_and_change_little_leave_the_basis(n: int):
+    rows = of_rank(4, 150)
+    factors = LowRank(4, 1.0, 0.05)
+    for end in (100, 130):
+        cover(factors, rows, end)
+    rows[n:] = of_rank(4, 150, noise=0.02)[n:] + 0.01
+    factors.renew(n)
+    assert factors.n == n
+    cover(factors, rows)
+    assert factors.factored == 100
+    close(held(factors), plain(rows, 4))
+
+
+@pytest.mark.parametrize("n", [0, 40, 99])
+def test_a_basis_made_after_rows_were_computed_again_is_of_those_that_are_there_now(n: int):
+    rows = of_rank(4, 150)
+    factors = LowRank(4, 1.0, 0.05)
+    cover(factors, rows, 100)
+    rows[n:] = of_rank(4, 150, seed=9)[n:]
+    factors.renew(n)
+    cover(factors, rows)
+    fresh = LowRank(4, 1.0, 0.05)
+    cover(fresh, rows)
+    assert factors.factored == 150
+    close(held(factors), held(fresh))
+
+
+def test_a_cut_after_a_renewal_still_forgets_a_basis_made_of_what_is_gone():
+    factors = LowRank(4, 1.0, 0.05)
+    cover(factors, of_rank(4, 100))
+    factors.renew(60)
+    factors.keep(80)
+    assert (factors.n, factors.nbytes) == (0, 0)
+
+
 def test_rows_that_are_all_the_same_are_their_mean():
     factors = LowRank(0, 0.9, 0.05)
     cover(factors, torch.full((9, C), 7.0))
