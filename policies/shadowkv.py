@@ -29,7 +29,8 @@ class ShadowKV(Policy):
     """Attend to `budget` earlier tokens in chunks of `chunk`: of them `outliers` and the newest `local` chunks exactly.
 
     `rank`: of all keys of a layer, joined; 0: what holds the share `energy` of what varies in them. New tokens that
-    lose a share of `drift` more than those factored before have all factored again.
+    lose a share of `drift` more than those factored before have all factored again. The paper's 48 outliers beside a
+    budget of 2,048 tokens are 12 here.
     """
 
     name: ClassVar[str] = "shadowkv"

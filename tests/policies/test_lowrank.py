@@ -114,6 +114,16 @@ def test_a_mean_that_moves_away_has_all_factored_again():
     close(held(factors), plain(rows, 5), atol=0.3)
 
 
+def test_a_basis_is_about_the_mean_of_all_rows_not_of_the_first():
+    """The first five lie far off along channel 1; what varies most in all of them is channel 0."""
+    rows = draw(1000, C) * torch.tensor([4.0] + [0.1] * (C - 1))
+    rows[:5, 1] += 30
+    factors = LowRank(1, 1.0, 0.05)
+    for n in (5, 1000):
+        cover(factors, rows, n)
+    close(held(factors), plain(rows, 1), atol=0.2)
+
+
 def test_a_basis_that_is_too_small_for_its_own_rows_is_not_made_again_for_others_like_them():
     """The bound is on top of what the factored rows lost themselves."""
     rows = draw(2000, C)
