@@ -4,6 +4,9 @@ Before their rotary embedding the keys of a session are of low rank: what a step
 token. A chunk is chosen by its mean key. Chunks that no mean stands for are outliers; they take part always, exactly,
 and above all the attention sink is in one. So do the newest chunks and the tokens that fill none.
 
+On SmolLM2 the sink's chunk is the worst of all from the middle layers on; without outliers the mean KL from full
+attention was 34 times as large (two chats of 4,096 tokens, 240 tokens attended).
+
 Beyond the paper: later turns are factored, landmarked and chosen from like the first (its ShadowKV+ keeps the first
 basis); the keys' mean is kept apart from the factors; and outliers and newest chunks are within the budget.
 """
