@@ -16,6 +16,7 @@ from sessiond.policies.kivi import Kivi
 from sessiond.policies.lowbit import Int4, Int8
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
+from sessiond.policies.shadowkv import ShadowKV
 from sessiond.policies.sieve import Sieve
 from sessiond.policies.snapkv import SnapKV
 from sessiond.policies.window import Window
@@ -36,6 +37,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "layers": Layers,
     "viewed": Viewed,
     "prior": ByPrior,
+    "shadowkv": ShadowKV,
 }
 
 

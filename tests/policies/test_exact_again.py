@@ -170,7 +170,7 @@ def test_what_was_learned_from_queries_outlives_sealing(name):
     assert all(chosen is not None for chosen in chosen_in_a_step(session))
 
 
-@pytest.mark.parametrize("name", ["quest", "sieve"])
+@pytest.mark.parametrize("name", ["quest", "sieve", "shadowkv"])
 def test_copies_of_keys_are_made_again_when_those_are_sealed(name):
     """As if the policy had come only afterwards. The window's KV is far from the sealed one."""
     session = Session(make_pair("llama").ours)
