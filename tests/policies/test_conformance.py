@@ -15,12 +15,14 @@ from small_policies import SMALL
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig, UnknownPolicy
+from sessiond.kernels.rope import Rope
 from sessiond.policies.base import LayerView, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
 from sessiond.policies.registry import parse
 
 SHARE, D, PROMPT, STEPS = 3, 10, 5, 3
 CAPACITY = 160
+ROPE = Rope(10000.0 ** -torch.arange(0, 1, 2 / D))
 LEARNING = {"h2o", "snapkv", "adakv", "rocketkv"}  # from queries, which do not come again
 
 Answer = Tensor | Taken | None
@@ -46,7 +48,7 @@ class Shown:
         keys, values = (torch.full_like(part, float("nan")) for part in (self.keys, self.values))
         keys[:, :end], values[:, :end] = self.keys[:, :end], self.values[:, :end]
         query = self.query[:, start:end]
-        return LayerView(query, keys[:, :end], values[:, :end], start, turn_start, D**-0.5, None, self.prior)
+        return LayerView(query, keys[:, :end], values[:, :end], start, turn_start, D**-0.5, ROPE, self.prior)
 
     def turn(self, selector: Selector, turn_start: int) -> Iterator[tuple[str, LayerView, Answer]]:
         """A prompt in two pieces and some steps, each with its answer; then rest."""
@@ -86,8 +88,9 @@ def check(answer: Answer, view: LayerView) -> None:
     if isinstance(answer, Taken):
         assert answer.form
         assert answer.nbytes > 0
-        for form in (answer.keys, answer.values):
-            assert form is not None
+        forms = [form for form in (answer.keys, answer.values) if form is not None]
+        assert forms
+        for form in forms:
             assert form.shape == (*positions.shape, D)
             assert form.dtype == view.keys.dtype
             assert not form.isnan().any()
@@ -153,6 +156,8 @@ def test_what_was_given_up_or_computed_again_leaves_no_trace(name: str, hook: st
             list(before.turn(used, turn_start))
         getattr(used, hook)(n)
         for (_, _, one), (_, _, other) in zip(now.turn(used, 70), now.turn(fresh, 70), strict=True):
+            if name == "shadowkv" and hook == "renew" and isinstance(one, Taken) and isinstance(other, Taken):
+                one, other = one.positions, other.positions  # the basis stays: no copy of keys (test_shadowkv.py)
             assert same(one, other)
 
 
