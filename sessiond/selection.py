@@ -7,6 +7,8 @@ A selector that raises is not asked again in that turn: attention is then full, 
 
 from __future__ import annotations
 
+import copy
+
 import structlog
 from torch import Tensor
 
@@ -48,6 +50,12 @@ class Selection:
         for selector in self._selectors:
             if selector is not None:
                 selector.renew(n)
+
+    def branch(self, n: int) -> Selection:
+        """What is known of the first `n` positions, for another session that shares them."""
+        other = copy.deepcopy(self)
+        other.keep(n)
+        return other
 
     def choose(
         self,
