@@ -27,6 +27,11 @@ class QuantizedKeys:
         """Bytes of memory held, room to grow included."""
         return self._codes.nbytes + self._scales.nbytes
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the codes of all n keys: what scores read."""
+        return (self.nbytes // self._codes.shape[1]) * self.n if self.n else 0
+
     def keep(self, n: int) -> None:
         self.n = min(self.n, n)
 

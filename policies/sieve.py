@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import share, whole
 from sessiond.policies.quantized import BITS, QuantizedKeys
@@ -59,6 +59,10 @@ class SieveSelector(Selector):
 
     def keep(self, n: int) -> None:
         self._index.keep(n)
+
+    @property
+    def scan(self) -> Scan | None:
+        return Scan(f"{self._policy.bits}-bit keys", self._index.n, self._index.read_bytes)
 
     def step(self, view: LayerView) -> Tensor:
         """Weights are estimated over all earlier tokens, the turn's own among them: what those hold is not missing."""

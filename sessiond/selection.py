@@ -7,12 +7,18 @@ A selector that raises is not asked again in that turn: attention is then full, 
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 import structlog
 from torch import Tensor
 
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import LayerView, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
+
+if TYPE_CHECKING:
+    from sessiond.reading import Reading
 
 log = structlog.get_logger()
 
@@ -25,6 +31,7 @@ class Selection:
         self.turn_start = 0
         self.failure: Exception | None = None
         self.prior: Prior | None = None
+        self.reading: Reading | None = None  # is told what is chosen
         self._selectors: list[Selector | None] = [policy.selector(layer, n_layers) for layer in range(n_layers)]
 
     @property
@@ -72,6 +79,7 @@ class Selection:
         if position < self.turn_start and not self.policy.dense_prompt:
             return None
         view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling, rope, self.prior)
+        began = time.perf_counter()
         try:
             answer = selector.step(view) if decoding else selector.prompt(view)
             chosen = Taken(answer, None, None, "exact", 0) if isinstance(answer, Tensor) else answer
@@ -81,10 +89,16 @@ class Selection:
             log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
             self.failure = error
             return None
+        if self.reading is not None:
+            self.reading.select_seconds += time.perf_counter() - began
+            if chosen is not None and (scan := selector.scan) is not None:
+                self.reading.scanned(layer, scan)
         if chosen is None or (self.policy.dense_prompt and not decoding):
             return None  # all of them; prompts under such a policy may be canonical
         if chosen.positions.shape[1] >= self.turn_start and chosen.keys is None and chosen.values is None:
             return None
+        if self.reading is not None:
+            self.reading.chose(layer, chosen, query, keys, end, scaling, decoding=decoding)
         return chosen
 
     def rest(self, layer: int, keys: Tensor, values: Tensor, length: int, rope: Rope | None) -> None:
