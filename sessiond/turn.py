@@ -107,6 +107,7 @@ class Turn:
         try:
             await self._start()
             ended = await self._ended
+            self.clock.ended = self.clock.ended or time.perf_counter()
             await self._written()
             error = self._broken or ended.error
             if error is not None:
