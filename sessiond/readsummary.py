@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sessiond.explanations import LayerRead, ViewRead
-from sessiond.reading import LayerReads, Reading, range_bits
+from sessiond.reading import N_RANGES, LayerReads, Reading, range_bits
 from sessiond.types import Tier
 
 MOST_SPANS = 64
@@ -28,29 +28,34 @@ def read_share(reading: Reading) -> tuple[tuple[float, ...], int]:
 
     Over layers and KV heads. How the choices of layers spread is known from samples and from the last step.
     """
-    ends, chosen = _generated_ends(reading), reading.samples.astype(np.float64)
+    ends = _generated_ends(reading)
     if not len(ends):
         return (), 0
     n, n_groups = int(ends[-1]), reading.shape.n_kv_heads
-    n_chosen = n_whole = 0
-    for reads in reading.layers.values():
-        last, prompt = _last_choice(reading, reads), _prompt_choice(reading, reads)
-        for positions in {id(one): one for one in (last, prompt) if one is not None}.values():
-            chosen += reading.by_range(positions)
-        n_chosen += sum(_generated(reading, reads)[0])
-        n_whole += len(ends) - _generated(reading, reads)[1]
-    here = np.arange(n)
+    n_whole = sum(len(ends) - _generated(reading, reads)[1] for reads in reading.layers.values())
     by_position = len(reading.layers) * _covering(np.full_like(ends, reading.turn_start), ends, n)
-    by_position = n_groups * (by_position + n_whole * (here < reading.turn_start))
+    by_position = n_groups * (by_position + n_whole * (np.arange(n) < reading.turn_start))
     if reading.window is not None:
         n_sliding = reading.shape.n_layers - len(reading.layers)
         by_position += n_groups * n_sliding * _covering(np.maximum(0, ends - reading.window), ends, n)
     bits = range_bits(n)
     found = np.add.reduceat(by_position.astype(np.float64), np.arange(0, n, 1 << bits))
-    if chosen.any():
-        chosen = chosen.reshape(-1, 1 << (bits - range_bits(reading.turn_start))).sum(1)
-        found[: len(chosen)] += (chosen * (n_chosen / chosen.sum()))[: len(found)]
+    chosen = _choices(reading).reshape(-1, 1 << (bits - range_bits(reading.turn_start))).sum(1)
+    found[: len(chosen)] += chosen[: len(found)]
     return tuple((found / found.sum()).tolist()), 1 << bits
+
+
+def _choices(reading: Reading) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Choices from the history for generated tokens by its ranges: the prompt's as they were, others from samples."""
+    sampled, prompts = reading.samples.astype(np.float64), np.zeros(N_RANGES)
+    for reads in reading.layers.values():
+        if reading.n_tokens and (last := _last_choice(reading, reads)) is not None:
+            sampled += reading.by_range(last)
+        if (prompt := _prompt_choice(reading, reads)) is not None:
+            prompts += reading.by_range(prompt)
+    n_chosen = sum(sum(reads.generated.by_head(reading.shape.n_kv_heads)) for reads in reading.layers.values())
+    prompts += sampled * (n_chosen / max(1.0, sampled.sum()))
+    return prompts
 
 
 def _generated_ends(reading: Reading) -> np.ndarray[Any, np.dtype[np.int64]]:
