@@ -176,12 +176,22 @@ class Reading:
         tally[1] += scan.nbytes
 
     def chose(
-        self, layer: int, taken: Taken, query: Tensor, keys: Tensor, end: int, scaling: float, *, decoding: bool
+        self,
+        layer: int,
+        taken: Taken,
+        query: Tensor,
+        keys: Tensor,
+        end: int,
+        scaling: float,
+        *,
+        decoding: bool,
+        padded: bool,
     ) -> None:
-        """A layer took `taken` for queries [H, Q, D] that end at `end`; keys [G, capacity, D]."""
+        """A layer took `taken` for queries [H, Q, D] that end at `end`; keys [G, capacity, D].
+
+        `padded`: there are -1 among its positions.
+        """
         reads, positions = self.layers[layer], taken.positions
-        # Rows end with their -1, so a look at the last column is enough.
-        padded = bool(positions.numel()) and int(positions[:, -1].min()) < 0
         reads.n_chosen += 1
         stands_in = taken.keys is not None, taken.values is not None
         form = reads.forms.get((taken.form, *stands_in))

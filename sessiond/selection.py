@@ -83,8 +83,7 @@ class Selection:
         try:
             answer = selector.step(view) if decoding else selector.prompt(view)
             chosen = Taken(answer, None, None, "exact", 0) if isinstance(answer, Tensor) else answer
-            if chosen is not None:
-                self._check(chosen, keys)
+            padded = chosen is not None and self._check(chosen, keys)
         except Exception as error:
             log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
             self.failure = error
@@ -98,7 +97,7 @@ class Selection:
         if chosen.positions.shape[1] >= self.turn_start and chosen.keys is None and chosen.values is None:
             return None
         if self.reading is not None:
-            self.reading.chose(layer, chosen, query, keys, end, scaling, decoding=decoding)
+            self.reading.chose(layer, chosen, query, keys, end, scaling, decoding=decoding, padded=padded)
         return chosen
 
     def rest(self, layer: int, keys: Tensor, values: Tensor, length: int, rope: Rope | None) -> None:
@@ -109,13 +108,17 @@ class Selection:
         nothing = keys.new_empty(keys.shape[0], 0, keys.shape[2])
         selector.rest(LayerView(nothing, keys[:, :length], values[:, :length], length, length, 1.0, rope, self.prior))
 
-    def _check(self, chosen: Taken, keys: Tensor) -> None:
-        """An answer outside what was asked for would read other memory, or end the step of other sessions too."""
-        at, n_groups = chosen.positions, keys.shape[0]
+    def _check(self, chosen: Taken, keys: Tensor) -> bool:
+        """An answer outside what was asked for would read other memory, or end the step of other sessions too.
+
+        Returns whether there are -1 in it.
+        """
+        at, n_groups, least = chosen.positions, keys.shape[0], 0
         if at.ndim != 2 or at.shape[0] != n_groups or at.is_floating_point():
             raise ValueError(f"positions of shape {tuple(at.shape)} and type {at.dtype}")
-        if at.numel() and not -1 <= int(at.min()) <= int(at.max()) < self.turn_start:
+        if at.numel() and not -1 <= (least := int(at.min())) <= int(at.max()) < self.turn_start:
             raise ValueError(f"positions outside [0, {self.turn_start})")
         for form in (chosen.keys, chosen.values):
             if form is not None and (form.shape != (*at.shape, keys.shape[2]) or form.dtype != keys.dtype):
                 raise ValueError(f"{chosen.form} of shape {tuple(form.shape)} and type {form.dtype}")
+        return least < 0

@@ -249,7 +249,8 @@ def test_long_choices_are_cut_after_64_ranges():
     reading.token(400)
     positions = torch.arange(0, 400, 2).expand(2, -1)
     keys = torch.randn(2, 448, 4)
-    reading.chose(0, Taken(positions, None, None, "exact", 0), torch.randn(4, 1, 4), keys, 401, 0.5, decoding=True)
+    taken, query = Taken(positions, None, None, "exact", 0), torch.randn(4, 1, 4)
+    reading.chose(0, taken, query, keys, 401, 0.5, decoding=True, padded=False)
     read = summarize(reading)[0]
     assert (len(read.spans), read.spans_cut, read.attended) == (64, True, 201)
 
