@@ -41,7 +41,7 @@ def explain(
 
 def _draw(turns: list[pb.TurnExplanation], path: Path) -> None:
     try:
-        from sessiond.readmap import draw
+        from sessiond.cli_readmap import draw
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("matplotlib", "numpy"):
             raise

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from sessiond.explanations import Explanation
 from sessiond.reading import Reading
 from sessiond.readsummary import read_share, summarize
-from sessiond.sessions import Sessions
+from sessiond.storage.records import SessionRecord
 from sessiond.tree import find_revision
 
 if TYPE_CHECKING:
+    from sessiond.desk import Desk
     from sessiond.turn import Turn
 
 
@@ -79,13 +80,12 @@ def _notes(turn: Turn) -> list[str]:
     return notes
 
 
-def explain(sessions: Sessions, tenant: str, session_id: str, revision_id: str, last_turns: int) -> list[Explanation]:
-    """The turn that made a revision, or the last ones, newest first; what is no longer remembered is left out.
+def explain(desk: Desk, record: SessionRecord, revision_id: str, last_turns: int) -> list[Explanation]:
+    """The turn that made a revision, or a session's last ones, newest first; what is no longer remembered is left out.
 
-    Raises SessionNotFound, RevisionNotFound.
+    Raises RevisionNotFound.
     """
-    record, desk = sessions.record(tenant, session_id, deleted_too=True), sessions.desk
     if not revision_id:
-        return desk.explanations.last(tenant, session_id)[: max(1, last_turns)]
+        return desk.explanations.last(record.tenant, record.session_id)[: max(1, last_turns)]
     made_by = find_revision(desk.store.log, record, revision_id).session_id  # before a fork, another session
-    return [turn for turn in desk.explanations.last(tenant, made_by) if turn.revision_id == revision_id]
+    return [turn for turn in desk.explanations.last(record.tenant, made_by) if turn.revision_id == revision_id]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sessiond.cache import SessionCache
 
 SAMPLE_EVERY = 16  # generated tokens
-WEIGHED_TOKENS = 8192  # weights are computed again for so many tokens in a sample: a layer of them, or several of fewer
+WEIGHED_TOKENS = 4096  # weights are computed again for so many tokens in a sample: a layer of them, or several of fewer
 N_RANGES = 64  # of the context, at most, for which reads are counted apart
 
 

@@ -193,8 +193,8 @@ class SessionsService(SessionsServicer):
 
     @names_damage
     async def ExplainTurn(self, request: pb.ExplainTurnRequest, context: Context) -> pb.ExplainTurnResponse:
-        tenant = self.tenant(context)
-        turns = explain(self.sessions, tenant, request.session_id, request.revision_id, request.last_turns)
+        record = self.sessions.record(self.tenant(context), request.session_id, deleted_too=True)
+        turns = explain(self.sessions.desk, record, request.revision_id, request.last_turns)
         return wireexplain.response(turns)
 
     @names_damage

@@ -107,7 +107,7 @@ class TestPlot:
 
     def test_ranges_of_several_widths_become_the_widest(self) -> None:
         pytest.importorskip("matplotlib", reason="drawing needs matplotlib, the extra 'plot'")
-        from sessiond.readmap import _wider
+        from sessiond.cli_readmap import _wider
 
         assert _wider(turn("r", [0.1, 0.2, 0.3, 0.3, 0.1], 8), 16).tolist() == pytest.approx([0.3, 0.6, 0.1])
 
