@@ -10,6 +10,7 @@ from sessiond.policies.adakv import AdaKV
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
+from sessiond.policies.kvzip import KVzip
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
 from sessiond.policies.sieve import Sieve
@@ -25,6 +26,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "quest": Quest,
     "rocketkv": RocketKV,
     "sieve": Sieve,
+    "kvzip": KVzip,
 }
 
 

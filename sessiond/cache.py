@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sessiond.policies.base import Policy
 from sessiond.policies.prior import Prior
+from sessiond.policies.probing import Capture
 from sessiond.selection import Selection
 from sessiond.types import KVShape, Span
 
@@ -173,7 +174,7 @@ class SessionCache:
 class PackedSpan:
     """Rows [start, end) of a packed step: tokens of one session at `position` and on."""
 
-    __slots__ = ("_masks", "cache", "decoding", "end", "position", "selection", "start")
+    __slots__ = ("_masks", "cache", "capture", "decoding", "end", "position", "selection", "start")
 
     def __init__(
         self,
@@ -188,6 +189,7 @@ class PackedSpan:
         self.cache = cache
         self.selection = selection
         self.decoding = decoding
+        self.capture: Capture | None = None  # shown what attends, if any
         self.start = start
         self.end = end
         self.position = position

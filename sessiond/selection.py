@@ -84,7 +84,7 @@ class Selection:
         if chosen is None or (self.policy.dense_prompt and not decoding):
             return None  # all of them; prompts under such a policy may be canonical
         if chosen.positions.shape[1] >= self.turn_start and chosen.keys is None and chosen.values is None:
-            return None
+            return chosen if bool((chosen.positions < 0).any()) else None  # heads may differ
         return chosen
 
     def rest(self, layer: int, keys: Tensor, values: Tensor, length: int, rope: Rope | None) -> None:

@@ -13,4 +13,5 @@ SMALL: dict[str, dict[str, Any]] = {
     "quest": {"budget": 16, "dense_layers": 0},
     "rocketkv": {"budget": 32, "window": 8, "kernel": 7},
     "sieve": {"least": 4, "most": 16},
+    "kvzip": {"chunk": 64},
 }

@@ -12,11 +12,14 @@ from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_t
 from kernel_marks import needs_avx512_bf16
 from small_policies import SMALL
 
+from sessiond.policies.probing import Instruction
 from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
+from sessiond.zipping import score
 
 INPUTS = (40, 63, 127, 128, 129, 5, 37, 90, 1, 16)
 ANSWER = 4
+INSTRUCTION = Instruction(random_ids(9, 91), random_ids(7, 92), random_ids(3, 93))
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,10 @@ def model(request):
 def converse(session: Session, turns: list[tuple[str, Mapping[str, Any]]]) -> None:
     for i, (name, knobs) in enumerate(turns):
         ids = random_ids(INPUTS[i % len(INPUTS)], i)
-        session.run(ids, ANSWER, policy=parse(name, knobs), turn_start=len(session.log))
+        policy = parse(name, knobs)
+        session.run(ids, ANSWER, policy=policy, turn_start=len(session.log))
+        if policy.wants_prior:
+            score(session.model, session.cache, session.log, INSTRUCTION)
 
 
 def sealed_by_full(model, log: list[int]) -> list[str]:
