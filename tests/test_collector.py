@@ -60,6 +60,7 @@ def add_garbage(store: Store) -> None:
     batch.append_tokens(TENANT, "g-ended", 0, tokens(5, 4))
     batch.put_request(request("gone", "q", "g-root", "g-ended", "failed"))
     batch.put_index(TENANT, "gone", "g-lost")
+    batch.put_prior(TENANT, "g-turn", {"identity_id": "id1", "start": 0}, bytes(40))
     store.log.write(batch).result()
     put_cell(store, b"\x01" * 16, 0)
     put_cell(store, b"\x02" * 16, 0, refer=False)

@@ -7,7 +7,7 @@ import torch
 from engine_harness import CELL, Session, StepSpy, drain, make_pair, random_ids, step_until
 
 from sessiond.cache import SessionCache
-from sessiond.policies.prior import ALWAYS
+from sessiond.policies.prior import ALWAYS, Prior
 from sessiond.policies.probing import Instruction, plan_probes
 from sessiond.policies.registry import parse
 from sessiond.scheduler import Ended, Scheduler, Scored, ScoreWork
@@ -204,3 +204,17 @@ def test_a_turn_after_scoring_attends_to_what_was_kept():
     rows = [torch.stack(one.sampler.rows) for one in (session, other)]
     assert torch.equal(rows[0][0], rows[1][0])  # the prompt sees all
     assert not torch.allclose(rows[0][1], rows[1][1], atol=1e-3)
+
+
+def test_a_head_that_keeps_all_of_history_does_not_make_the_others_keep_it():
+    session = filled(make_pair("llama").ours, 300)
+    cache, shape = session.cache, session.model.shape
+    scores = torch.zeros(shape.n_layers, shape.n_kv_heads, 300)
+    scores[:, 0] = 1.0
+    cache.prior = Prior(scores.half())
+    cache.use(parse("kvzip", {"share": 0.5, "budget": "head"}), 300)
+    query = torch.zeros(session.model.config.num_attention_heads, 1, shape.head_dim)
+    taken = cache.selection.choose(0, query, cache.keys[0], cache.values[0], 305, 1.0, decoding=True)
+    assert [int((row >= 0).sum()) for row in taken.positions] == [300, 0]
+    cache.use(parse("kvzip", {"share": 1.0}), 300)
+    assert cache.selection.choose(0, query, cache.keys[0], cache.values[0], 305, 1.0, decoding=True) is None
