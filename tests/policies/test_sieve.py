@@ -129,3 +129,14 @@ def test_a_prior_decides_between_tokens_that_weigh_the_same_and_no_others():
     assert selector.step(plain).tolist() == [[0, 1, 7]] * G
     told = replace(plain, prior=Prior(torch.cat([scores, torch.zeros(2, G, 10)], 2).half()))
     assert selector.step(told).tolist() == [[7, 20, 60], [3, 7, 79]]
+
+
+def test_a_prior_decides_between_tokens_that_weigh_nothing():
+    keys = torch.zeros(G, 100, D)
+    keys[:, 7] = 200.0
+    query = torch.ones(G * SHARE, 1, D) * 4
+    scores = torch.zeros(1, G, 90)
+    scores[0, :, [20, 60]] = 0.5
+    selector = parse("sieve", {"least": 3, "most": 3}).selector(0, 1)
+    told = replace(view(100, 90, query=query, keys=keys), prior=Prior(scores.half()))
+    assert selector.step(told).tolist() == [[7, 20, 60]] * G
