@@ -99,15 +99,15 @@ class Capture:
         probe, kept, n_new = self._probe, self._kept, query.shape[1]
         n_groups, n, head_dim = keys.shape
         columns = torch.cat([keys[:, :kept], keys[:, probe.start : probe.end], keys[:, probe.position : n]], 1)
-        columns = columns.float()[:, None]
+        columns = columns.float()
         n_before = kept + probe.end - probe.start  # columns that every query sees
         own = torch.arange(probe.position, n)
         best = torch.zeros(n_groups, probe.end - probe.start)
         for some, at in zip(
             torch.split(query, AT_ONCE, 1), torch.split(torch.arange(n - n_new, n), AT_ONCE), strict=True
         ):
-            grouped = some.float().reshape(n_groups, -1, some.shape[1], head_dim) * scaling
-            logits = grouped @ columns.mT
+            grouped = some.float().reshape(n_groups, -1, head_dim) * scaling
+            logits = (grouped @ columns.mT).view(n_groups, -1, some.shape[1], columns.shape[1])
             logits[..., n_before:].masked_fill_(own > at[:, None], float("-inf"))
             weights = logits.softmax(-1)[..., kept:n_before]
             best = torch.maximum(best, weights.amax((1, 2)))
