@@ -17,6 +17,7 @@ from torch import Tensor
 from sessiond.errors import InvalidConfig
 from sessiond.kernels.rope import Rope
 from sessiond.policies.prior import Prior
+from sessiond.policies.probing import CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,13 @@ class Policy:
 
     # Steps read few of the exact keys and values: these may lie one tier down, and what is chosen comes from there.
     offloads: ClassVar[bool] = False
+
+    # Between turns the history is to be scored (Prior), `prior_chunk` tokens at a time.
+    wants_prior: ClassVar[bool] = False
+
+    @property
+    def prior_chunk(self) -> int:
+        return CHUNK
 
     @property
     def dense_prompt(self) -> bool:

@@ -64,6 +64,10 @@ class Layers(Policy):
     def dense_prompt(self) -> bool:
         return all(part.dense_prompt for part in self._parts)
 
+    @property
+    def wants_prior(self) -> bool:  # type: ignore[override]
+        return any(part.wants_prior for part in self._parts)
+
     def knobs(self) -> dict[str, Any]:
         rules = [{"layers": rule.layers, "policy": named(rule.policy)} for rule in self.rules]
         return {"rules": rules, "otherwise": named(self.otherwise)}
@@ -111,6 +115,10 @@ class Viewed(Policy):
     def dense_prompt(self) -> bool:
         return self.of.dense_prompt
 
+    @property
+    def wants_prior(self) -> bool:  # type: ignore[override]
+        return self.of.wants_prior
+
     def fits(self, model: ModelFacts) -> None:
         Policy.fits(self, model)
         self.of.fits(model)
@@ -130,6 +138,7 @@ class ByPrior(Policy):
     """
 
     name: ClassVar[str] = "prior"
+    wants_prior: ClassVar[bool] = True
     of: Policy = field(default_factory=Full)
     share: float = 0.3
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sessiond.policies.base import LayerView, Selector, Taken
-from sessiond.policies.choosing import top
 from sessiond.policies.prior import Prior
 from sessiond.policies.wrapping import WrappingSelector
 
@@ -33,17 +31,11 @@ class PriorSelector(WrappingSelector):
             return answer
         if view.prior is not self._prior:
             self._prior = view.prior
-            self._mask = best_share(view.prior.scores[self._layer], self._share)
+            self._mask = view.prior.kept(self._share, "pair-uniform")[self._layer]
         mask = self._mask[:, : view.turn_start]
         if answer is None:
             answer = torch.arange(view.turn_start).expand(len(mask), -1)
         return narrowed(answer, mask)
-
-
-def best_share(scores: Tensor, share: float) -> Tensor:
-    """Which tokens each head keeps: the `share` of its scores [G, N] that are highest, rounded up. [G, N] bool."""
-    best = top(scores.float(), math.ceil(share * scores.shape[1]))
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
 def narrowed(answer: Tensor | Taken, mask: Tensor) -> Tensor | Taken:

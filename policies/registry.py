@@ -13,6 +13,7 @@ from sessiond.policies.compose import ByPrior, Layers, Viewed
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
 from sessiond.policies.kivi import Kivi
+from sessiond.policies.kvzip import KVzip
 from sessiond.policies.lowbit import Int4, Int8
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
@@ -38,6 +39,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "viewed": Viewed,
     "prior": ByPrior,
     "shadowkv": ShadowKV,
+    "kvzip": KVzip,
 }
 
 

@@ -19,6 +19,11 @@ from sessiond.policies.choosing import top
 from sessiond.policies.knobs import share, whole
 from sessiond.policies.quantized import BITS, QuantizedKeys, bytes_per_row
 
+# Estimates that differ by less than this share tie: the prior, where there is one, decides. It is far below the error
+# of any index. Weights below the other one are none.
+TIE = 2.0**-14
+NOTHING = 1e-30
+
 
 @dataclass(frozen=True, slots=True)
 class Sieve(Policy):
@@ -49,12 +54,13 @@ class Sieve(Policy):
         return layers * model.n_kv_heads * bytes_per_row(model.head_dim, self.bits) * 5 // 4  # and its room to grow
 
     def selector(self, layer: int, n_layers: int) -> Selector | None:
-        return None if layer < self.dense_layers else SieveSelector(self)
+        return None if layer < self.dense_layers else SieveSelector(self, layer)
 
 
 class SieveSelector(Selector):
-    def __init__(self, policy: Sieve) -> None:
+    def __init__(self, policy: Sieve, layer: int) -> None:
         self._policy = policy
+        self._layer = layer
         self._index = QuantizedKeys(policy.bits)
 
     @property
@@ -84,6 +90,9 @@ class SieveSelector(Selector):
         weights = (self._index.scores(query, view.keys.shape[1]) * view.scaling).softmax(-1).mean(1)
         own = weights[:, view.turn_start :].sum(-1)
         earlier = weights[:, : view.turn_start]
+        if view.prior is not None:
+            best = view.prior.of(self._layer, view.turn_start)
+            earlier = earlier * (1 + TIE * best) + NOTHING * best
         return top(earlier, self._count(earlier, own))
 
     def _count(self, earlier: Tensor, own: Tensor) -> int:

@@ -45,6 +45,8 @@ def attend(
     Returns [Q, H, D].
     """
     keys, values = span.cache.keys[layer], span.cache.values[layer]
+    if span.capture is not None and window is None:
+        span.capture(layer, query, keys[:, : span.position + query.shape[1]], scaling)
     if span.selection is not None and window is None:  # a sliding layer sees little as it is
         chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, rope, decoding=span.decoding)
         if chosen is not None:

@@ -59,10 +59,18 @@ class Backing:
     def release(self, start: int, end: int) -> None:
         """Bytes [start, end) of a file leave this process's memory, what was written to them for the page cache."""
         if self.in_file:
-            first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = end // mmap.PAGESIZE * mmap.PAGESIZE
-            if first < last:
-                self.memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+            self._drop(start, end)
+
+    def discard(self, start: int, end: int) -> None:
+        """Bytes [start, end), which are zero, need no memory any more: they stay zero."""
+        if not self.is_huge and hasattr(mmap, "MADV_DONTNEED"):
+            self._drop(start, end)
+
+    def _drop(self, start: int, end: int) -> None:
+        """Whole pages within [start, end) only."""
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self.memory.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def files_supported() -> bool:

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from sessiond.backing import Backing
 from sessiond.policies.base import ModelFacts, Policy
 from sessiond.policies.prior import Prior
+from sessiond.policies.probing import Capture
 from sessiond.selection import Selection
 from sessiond.types import KVShape, Span
 
@@ -132,6 +133,13 @@ class SessionCache:
         exact = (self.capacity if self.backing.is_huge else self.length) * self.shape.bytes_per_token
         return derived + (exact // self.shape.n_layers if self.is_offloaded else exact)
 
+    def trim(self) -> None:
+        """Give memory back that lies behind all that is held: it was written once, and is zero again."""
+        run = self.capacity * self.shape.head_dim * self.shape.itemsize
+        used = self._written * self.shape.head_dim * self.shape.itemsize
+        for start in range(0, len(self.backing.memory), run):
+            self.backing.discard(start + used, start + run)
+
     def populate(self, layers: range, length: int) -> None:
         """Map the pages of positions [0, length) of some layers in few calls instead of a fault each. A hint, too."""
         run = self.capacity * self.shape.head_dim * self.shape.itemsize
@@ -198,7 +206,7 @@ class SessionCache:
 class PackedSpan:
     """Rows [start, end) of a packed step: tokens of one session at `position` and on."""
 
-    __slots__ = ("_masks", "cache", "decoding", "end", "position", "selection", "start")
+    __slots__ = ("_masks", "cache", "capture", "decoding", "end", "position", "selection", "start")
 
     def __init__(
         self,
@@ -213,6 +221,7 @@ class PackedSpan:
         self.cache = cache
         self.selection = selection
         self.decoding = decoding
+        self.capture: Capture | None = None  # shown what attends, if any
         self.start = start
         self.end = end
         self.position = position

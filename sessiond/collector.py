@@ -69,7 +69,7 @@ def _candidates(log: LogStore, tenant: str, pause: Pause) -> _Candidates:
                 found.cells.append(rest)
             elif kind == keys.REVISION:
                 found.revisions += keys.split_strings(rest)
-            elif kind in (keys.MESSAGES, keys.TAIL_REF):
+            elif kind in (keys.MESSAGES, keys.TAIL_REF, keys.PRIOR):
                 found.parts.update(keys.split_strings(rest))
             elif kind == keys.TOKENS:
                 found.parts.update(keys.split_strings(rest[:-8]))
@@ -230,7 +230,7 @@ def _children_first(log: LogStore, tenant: str, revisions: Sequence[str]) -> lis
 def _has_parts(log: LogStore, tenant: str, revision_id: str) -> bool:
     """Whether anything of a revision is left in the log."""
     with log.environment.read() as txn, txn.cursor() as cursor:
-        for kind in (keys.REVISION, keys.MESSAGES, keys.TOKENS, keys.TAIL_REF):
+        for kind in (keys.REVISION, keys.MESSAGES, keys.TOKENS, keys.TAIL_REF, keys.PRIOR):
             prefix = keys.record_key(tenant, kind, revision_id)
             if cursor.set_range(prefix) and bytes(cursor.key()).startswith(prefix):
                 return True

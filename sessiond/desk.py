@@ -27,7 +27,7 @@ from sessiond.policies import registry
 from sessiond.policies.base import Policy, Situation
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import CellSealed, Ended, Event, SealWork, TokenOut
+from sessiond.scheduler import CellSealed, Ended, Event, Scored, ScoreWork, SealWork, TokenOut
 from sessiond.scrub import Scrub
 from sessiond.sharing import relative, sealed_donor, take_over
 from sessiond.storage.batch import LogBatch
@@ -38,6 +38,7 @@ from sessiond.template import ChatTemplate
 from sessiond.textstream import Detokenizer, TextStream
 from sessiond.tiers import Tiers
 from sessiond.types import Tier
+from sessiond.zipping import Scoring, instruction_for
 
 if TYPE_CHECKING:
     from sessiond.turn import Turn
@@ -85,7 +86,7 @@ class Desk:
         self.explanations = Explanations()
         self._loop = asyncio.get_running_loop()
         self.handover = Handover(self._loop)
-        self._sealed: dict[str, asyncio.Future[None]] = {}
+        self._idle_work: dict[str, asyncio.Future[None]] = {}
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="store")
         self._sql = ThreadPoolExecutor(1, thread_name_prefix="sql")
 
@@ -134,11 +135,12 @@ class Desk:
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, CellSealed):
+            if isinstance(event, CellSealed | Scored):
                 if event.error is not None:
-                    log.error("sealing stopped", session=event.owner, error=str(event.error))
-                waiting = self._sealed.get(event.owner)
-                if waiting and event.index < 0 and not waiting.done():
+                    what = "sealing" if isinstance(event, CellSealed) else "scoring"
+                    log.error("idle work stopped", what=what, session=event.owner, error=str(event.error))
+                waiting = self._idle_work.get(event.owner)
+                if waiting and event.is_over and not waiting.done():
                     waiting.set_result(None)
             elif isinstance(event, Ended) and (turn := self.turns.get(event.turn_id)):
                 turn.end(event)
@@ -309,7 +311,7 @@ class Desk:
         live.stop_saving.set()
         try:
             await asyncio.gather(live.settling, return_exceptions=True)
-            self.engine.cancel_seal(live.owner)
+            self.engine.cancel_idle(live.owner)
             await asyncio.wrap_future(self.engine.call(_nothing))  # a cell that was being sealed is done now
             if live.saving:
                 await asyncio.wait([live.saving])
@@ -327,6 +329,7 @@ class Desk:
             await self._rest(live)
             policy, _ = registry.stored(record.policy).settle_on(self.situation(live, len(live.ids)))
             await self._place(live, policy)
+            await self._score(live, record)
         except DiskFull as error:
             live.unsaved = True  # the keeper tries again when there is space
             log.warning("KV waits for disk space", session=live.session_id, error=error.message)
@@ -340,15 +343,50 @@ class Desk:
         upto = len(live.ids) // self.store.cell_tokens * self.store.cell_tokens
         await self.seal_cells(live.owner, live.cache, live.ids.tolist(), upto)
 
+    async def _score(self, live: Live, record: SessionRecord) -> None:
+        """Score what a session's prior lacks, if its policy wants one, and make that durable."""
+        policy, cache = registry.stored(record.policy), live.cache
+        if not policy.wants_prior or cache is None or cache.length > len(live.ids) or live.turn is not None:
+            return
+        scoring = self._scoring(live, cache, policy.prior_chunk)
+        if not scoring.is_over:
+            facts, shape = self.engine.model.facts, self.tiers.shape
+            live.reserved = scoring.reach * hot_bytes_per_token(shape, policy, facts, offloaded=cache.is_offloaded)
+            try:
+                await self._when_idle(live.owner, lambda: self.engine.score(ScoreWork(live.owner, scoring)))
+            finally:
+                live.reserved = 0
+                cache.release_all()
+        if cache.prior is not None:
+            await self._save(live, self.tiers.persist_prior, live.tenant, live.chain, cache.prior)
+
+    def _scoring(self, live: Live, cache: SessionCache, chunk: int) -> Scoring:
+        """What is to be scored of a session, within the memory that nobody uses."""
+        ids = live.ids.tolist()
+        free = (self.settings.memory_budget_bytes - self.hot_bytes) // self.tiers.shape.bytes_per_token
+        return Scoring(
+            cache,
+            ids,
+            instruction_for(self.template, self.encode, ids[cache.length - 1] if cache.length else None),
+            n_system=live.chain[0].position_end if live.chain else 0,
+            room=min(self.max_context - cache.length, free),
+            piece=self.store.cell_tokens,
+            chunk=chunk,
+        )
+
     async def seal_cells(self, owner: str, cache: SessionCache, tokens: list[int], upto: int) -> None:
         """Compute cells [cache.sealed, upto) canonically, when no turn wants the model. Fewer, if a step failed."""
-        sealed = self._sealed[owner] = self._loop.create_future()
-        self.engine.seal(SealWork(owner, cache, tokens, upto))
+        await self._when_idle(owner, lambda: self.engine.seal(SealWork(owner, cache, tokens, upto)))
+
+    async def _when_idle(self, owner: str, begin: Callable[[], None]) -> None:
+        """Wait for the sealing or the scoring that `begin` queues; cancelled, it is taken out again."""
+        over = self._idle_work[owner] = self._loop.create_future()
+        begin()
         try:
-            await sealed
+            await over
         finally:
-            self._sealed.pop(owner, None)
-            self.engine.cancel_seal(owner)
+            self._idle_work.pop(owner, None)
+            self.engine.cancel_idle(owner)
 
     async def persist(self, live: Live, *, gently: bool = False) -> int:
         """Make all KV of the head durable; `gently`: a few cells at a time, between turns. Returns bytes written."""

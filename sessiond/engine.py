@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from sessiond.model import Model
-from sessiond.scheduler import Counters, Event, Scheduler, SealWork, TurnWork
+from sessiond.scheduler import Counters, Event, Scheduler, ScoreWork, SealWork, TurnWork
 
 T = TypeVar("T")
 
@@ -59,8 +59,11 @@ class Engine:
     def seal(self, work: SealWork) -> None:
         self._inbox.put(lambda: self._scheduler.sealing.append(work))
 
-    def cancel_seal(self, owner: str) -> None:
-        self._inbox.put(lambda: self._scheduler.cancel_seal(owner))
+    def score(self, work: ScoreWork) -> None:
+        self._inbox.put(lambda: self._scheduler.scoring.append(work))
+
+    def cancel_idle(self, owner: str) -> None:
+        self._inbox.put(lambda: self._scheduler.cancel_idle(owner))
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` between two steps, on the engine thread."""

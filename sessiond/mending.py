@@ -45,6 +45,12 @@ def _mend_record(store: Store, tenant: str, kind: int, rest: bytes, key: bytes) 
         batch.pin_revision(tenant, revision_id, session_id)
         store.log.write(batch).result()
         return True
+    if kind == keys.PRIOR:
+        (revision_id,) = keys.split_strings(rest)
+        batch = LogBatch()
+        batch.delete_prior(tenant, revision_id)
+        store.log.write(batch).result()
+        return True
     if kind == keys.CELL_REF:
         return drop(store, KVOwner(tenant, "cell", rest))
     if kind == keys.TAIL_REF:

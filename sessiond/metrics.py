@@ -25,6 +25,7 @@ class DeskCollector(Collector):
             ("prefilled", counters.prefilled),
             ("decoded", counters.decoded),
             ("sealed", counters.sealed),
+            ("probed", counters.probed),
             ("recomputed", counters.recomputed),
             ("restored", desk.restored_tokens),
             ("reused", desk.reused_tokens),

@@ -21,6 +21,7 @@ from sessiond.kernels.linear import linear
 from sessiond.kernels.native_library import AVX512_BF16
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import ModelFacts
+from sessiond.policies.probing import Capture
 from sessiond.selection import Selection
 from sessiond.types import KVShape
 
@@ -38,6 +39,7 @@ class Feed:
     """Token ids of one session to compute at [position, position + len(ids)).
 
     `selection`: what chooses the tokens that they attend to; None: all. `decoding`: they are no part of a prompt.
+    `capture`: is shown the queries of every layer that sees all of history.
     """
 
     cache: SessionCache
@@ -45,6 +47,7 @@ class Feed:
     position: int
     selection: Selection | None = None
     decoding: bool = False
+    capture: Capture | None = None
 
 
 class Model:
@@ -167,7 +170,9 @@ class Model:
         for feed in feeds:
             feed.cache.about_to_change(feed.position)
             rows = len(ids), len(ids) + len(feed.ids)
-            spans.append(PackedSpan(feed.cache, *rows, feed.position, feed.selection, decoding=feed.decoding))
+            span = PackedSpan(feed.cache, *rows, feed.position, feed.selection, decoding=feed.decoding)
+            span.capture = feed.capture
+            spans.append(span)
             ids.extend(feed.ids)
             positions.extend(range(feed.position, feed.position + len(feed.ids)))
         output = self.module(

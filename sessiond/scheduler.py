@@ -26,6 +26,7 @@ from sessiond.reading import Reading
 from sessiond.sampling import Sampled, Sampler
 from sessiond.textstream import StopHit, TextStream
 from sessiond.types import FinishReason
+from sessiond.zipping import Scoring
 
 FULL = Full()
 
@@ -81,8 +82,21 @@ class CellSealed:
     index: int
     error: Exception | None = None
 
+    @property
+    def is_over(self) -> bool:
+        return self.index < 0
 
-Event = TokenOut | Ended | CellSealed
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scoring of a session is over, early if `error` says why."""
+
+    owner: str
+    error: Exception | None = None
+    is_over: bool = True
+
+
+Event = TokenOut | Ended | CellSealed | Scored
 
 
 def replay(turn_id: str, ids: Sequence[int], stream: TextStream, stop_ids: frozenset[int]) -> list[TokenOut]:
@@ -232,6 +246,14 @@ class SealWork:
 
 
 @dataclass(slots=True)
+class ScoreWork:
+    """A session's history to be scored, one piece a step, when nothing else wants the model."""
+
+    owner: str
+    scoring: Scoring
+
+
+@dataclass(slots=True)
 class Counters:
     """Totals since start, in tokens or steps."""
 
@@ -239,6 +261,7 @@ class Counters:
     recomputed: int = 0  # positions that turns computed again: made canonical, or lost with the memory that held them
     decoded: int = 0  # tokens sampled
     sealed: int = 0  # positions sealed behind the turns; those of canonical prefill pieces are not among them
+    probed: int = 0  # tokens computed to score others
     steps: int = 0
 
 
@@ -251,12 +274,13 @@ class Scheduler:
     prefilling: deque[TurnWork] = field(default_factory=deque)
     decoding: list[TurnWork] = field(default_factory=list)
     sealing: deque[SealWork] = field(default_factory=deque)
+    scoring: deque[ScoreWork] = field(default_factory=deque)
     counters: Counters = field(default_factory=Counters)
     gives_way: Callable[[], bool] | None = None  # whether a step that may wait is to be abandoned
 
     @property
     def idle(self) -> bool:
-        return not (self.prefilling or self.decoding or self.sealing)
+        return not (self.prefilling or self.decoding or self.sealing or self.scoring)
 
     def add(self, work: TurnWork) -> None:
         if work.pieces:
@@ -273,19 +297,24 @@ class Scheduler:
                     return [Ended(turn_id, FinishReason.ABORTED)]
         return []
 
-    def cancel_seal(self, owner: str) -> None:
+    def cancel_idle(self, owner: str) -> None:
+        """Take a session's sealing and scoring out between steps. Its cache is clean afterwards."""
         self.sealing = deque(work for work in self.sealing if work.owner != owner)
+        for work in list(self.scoring):
+            if work.owner == owner:
+                self.scoring.remove(work)
+                work.scoring.abandon()
 
     def step(self) -> list[Event]:
-        """Run the next piece of work: a prefill piece and a decode step, or else one cell to seal."""
+        """Run the next piece of work: a prefill piece and a decode step, or else one cell to seal, or to score with."""
         events: list[Event] = []
         decoding = list(self.decoding)  # a turn whose first token comes now decodes in the next step
         if self.prefilling:
             events += self._guarded([self.prefilling[0]], self._prefill)
         if decoding:
             events += self._guarded(decoding, self._decode)
-        elif not events and not self.prefilling and not self.decoding and self.sealing:
-            events += self._seal()
+        elif not events and not self.prefilling and not self.decoding:
+            events += self._seal() if self.sealing else self._score() if self.scoring else []
         self.counters.steps += 1
         return events
 
@@ -372,3 +401,18 @@ class Scheduler:
         cache.length = max(cache.length, end)
         self.counters.sealed += self.cell_tokens
         return [CellSealed(work.owner, start // self.cell_tokens)]
+
+    def _score(self) -> list[Event]:
+        work, error = self.scoring[0], None
+        try:
+            if not work.scoring.is_over:
+                self.counters.probed += work.scoring.advance(self.model, self.gives_way)
+        except InterruptedStepError:
+            return []
+        except Exception as raised:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
+            work.scoring.abandon()
+            error = raised
+        if error is None and not work.scoring.is_over:
+            return []
+        self.scoring.popleft()
+        return [Scored(work.owner, error)]

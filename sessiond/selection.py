@@ -101,7 +101,8 @@ class Selection:
                 self.reading.scanned(layer, scan)
         if chosen is None or (self.policy.dense_prompt and not decoding):
             return None  # all of them; prompts under such a policy may be canonical
-        if chosen.positions.shape[1] >= self.turn_start and chosen.keys is None and chosen.values is None:
+        whole = chosen.positions.shape[1] >= self.turn_start and not padded  # padded: of some heads only
+        if whole and chosen.keys is None and chosen.values is None:
             return None
         if self.reading is not None:
             self.reading.chose(layer, chosen, query, keys, end, scaling, decoding=decoding, padded=padded)

@@ -14,6 +14,8 @@ from sessiond.backing import Backing
 from sessiond.branch import Ids
 from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
+from sessiond.policies.prior import Prior
+from sessiond.priors import find_prior, store_prior
 from sessiond.references import cell_refs, joined_tails, tail_ref
 from sessiond.restoring import Donor, Restoration, Restorer, leading
 from sessiond.storage.batch import LogBatch
@@ -61,6 +63,7 @@ class Tiers:
         cache = self.memory.take(len(ids), backing)
         report = self.restorer.fill(tenant, chain, ids, cache, donor=donor, share=share)
         cache.release_all()
+        cache.prior = find_prior(self.store, tenant, chain, self.identity_id, self.shape)
         report.milliseconds = (time.perf_counter() - began) * 1e3
         return cache, report
 
@@ -187,6 +190,10 @@ class Tiers:
         for owner in stale:
             self.store.blocks.delete(owner).result()
         return written
+
+    def persist_prior(self, tenant: str, chain: Sequence[RevisionRecord], prior: Prior) -> int:
+        """Make a branch's scores durable. Returns bytes written. Raises RevisionNotFound if its head is gone."""
+        return store_prior(self.store, tenant, chain, self.identity_id, self.shape, prior)
 
     def persisted_upto(self, tenant: str, chain: Sequence[RevisionRecord], ids: Ids) -> tuple[int, int]:
         """Tokens of a cold session's history whose sealed cells are on disk, and whose KV in any form is."""

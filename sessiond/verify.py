@@ -71,7 +71,7 @@ def _add_session(store: Store, scope: Scope, tenant: str, session_id: str) -> No
     for kind in (keys.SESSION, keys.REVISION_INDEX, keys.REQUEST):
         scope.log.append(keys.record_key(tenant, kind, session_id))
     for revision_id in found.revisions:
-        for kind in (keys.REVISION, keys.MESSAGES, keys.TOKENS, keys.TAIL_REF):
+        for kind in (keys.REVISION, keys.MESSAGES, keys.TOKENS, keys.TAIL_REF, keys.PRIOR):
             scope.log.append(keys.record_key(tenant, kind, revision_id))
         scope.blocks.append(KVOwner(tenant, "tail", revision_id.encode()).every_generation)
     for cell in found.cells:

@@ -65,12 +65,13 @@ class LogBatch:
             self._put(keys.record_key(record.tenant, keys.MESSAGES, record.revision_id), {}, messages)
 
     def delete_revision(self, tenant: str, revision_id: str) -> None:
-        """Remove a revision, its index entry, messages, tokens and tail reference. Absent parts are fine."""
+        """Remove a revision, its index entry, messages, tokens, tail reference and prior. Absent parts are fine."""
         key = keys.record_key(tenant, keys.REVISION, revision_id)
         self.ops.append(lambda txn: _delete_index(txn, tenant, revision_id))
         self._delete(key)
         self._delete(keys.record_key(tenant, keys.MESSAGES, revision_id))
         self._delete(keys.record_key(tenant, keys.TAIL_REF, revision_id))
+        self._delete(keys.record_key(tenant, keys.PRIOR, revision_id))
         tokens = keys.record_key(tenant, keys.TOKENS, revision_id)
         self.ops.append(lambda txn: delete_range(txn, tokens))
 
@@ -121,6 +122,14 @@ class LogBatch:
 
     def delete_tail_ref(self, tenant: str, revision_id: str) -> None:
         self._delete(keys.record_key(tenant, keys.TAIL_REF, revision_id))
+
+    def put_prior(self, tenant: str, revision_id: str, header: dict[str, Any], scores: bytes) -> None:
+        """Write what is known of a revision's tokens; the batch fails (RevisionNotFound) if that is not there."""
+        self.ops.append(lambda txn: _check_revision(txn, tenant, revision_id))
+        self._put(keys.record_key(tenant, keys.PRIOR, revision_id), header, scores)
+
+    def delete_prior(self, tenant: str, revision_id: str) -> None:
+        self._delete(keys.record_key(tenant, keys.PRIOR, revision_id))
 
     def pin_revision(self, tenant: str, revision_id: str, session_id: str) -> None:
         """Note that a session was forked at a revision; the batch fails (RevisionNotFound) if it is not there."""

@@ -13,7 +13,7 @@ from sessiond.storage.records import RequestRecord, RevisionRecord, SessionRecor
 from sessiond.storage.scan import Checked, check_log_record
 from sessiond.types import Span
 
-_REBUILT = (keys.REVISION_INDEX, keys.PIN, keys.CELL_REF, keys.TAIL_REF)
+_REBUILT = (keys.REVISION_INDEX, keys.PIN, keys.CELL_REF, keys.TAIL_REF, keys.PRIOR)
 
 
 def check_key(env: Environment, key: bytes) -> list[Finding]:

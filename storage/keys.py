@@ -21,6 +21,7 @@ REQUEST = 0x71
 CELL_REF = 0x63
 TAIL_REF = 0x6C
 PIN = 0x66
+PRIOR = 0x76
 IDENTITY = 0x69
 PROFILE = 0x70
 TALLY = 0x61
@@ -37,6 +38,7 @@ KIND_NAMES = {
     CELL_REF: "cell-ref",
     TAIL_REF: "tail-ref",
     PIN: "pin",
+    PRIOR: "prior",
     IDENTITY: "identity",
     PROFILE: "profile",
     TALLY: "tally",

@@ -102,6 +102,16 @@ class LogStore:
             value = txn.get(key)
             return None if value is None else bytes(envelope.unpack(key, value).body)
 
+    def prior(self, tenant: str, revision_id: str) -> tuple[dict[str, Any], bytes] | None:
+        """Header and scores of what is known of a revision's tokens, or None."""
+        key = keys.record_key(tenant, keys.PRIOR, revision_id)
+        with self._env.read() as txn:
+            value = txn.get(key)
+            if value is None:
+                return None
+            record = envelope.unpack(key, value)
+            return record.header, bytes(record.body)
+
     def chain(self, tenant: str, head: str) -> list[RevisionRecord]:
         """The revisions from the root to `head`, as one snapshot.
 

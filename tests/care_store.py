@@ -112,6 +112,7 @@ def put_session(store: Store, session_id: str = "s1", *, seed: int = 1, root_see
         extra={"open_request": "turn-2"},
     )  # fmt: skip
     batch.put_session(record)
+    batch.put_prior(TENANT, head, {"identity_id": IDENTITY, "start": 0}, bytes(40))
     batch.put_identity(IDENTITY, {"name": "m"})
     batch.put_profile(PROFILE, {"name": "p"})
     store.log.write(batch).result()

@@ -26,4 +26,5 @@ SMALL: dict[str, dict[str, Any]] = {
     "viewed": {"of": {"name": "quest", "budget": 16, "dense_layers": 0}, "bits": 2},
     "prior": {"of": {"name": "viewed", "of": _SIEVE, "bits": 8}, "share": 0.5},
     "shadowkv": {"chunk": 4, "budget": 16, "outliers": 1, "local": 1},
+    "kvzip": {"chunk": 64},
 }

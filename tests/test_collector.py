@@ -28,7 +28,7 @@ from care_store import (
 from sessiond.collector import collect, garbage
 from sessiond.reachability import reachable
 from sessiond.references import delete_unreferenced
-from sessiond.storage import keys
+from sessiond.storage import envelope, keys
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.blocks import BlockStore
 from sessiond.storage.kv import KVOwner
@@ -60,7 +60,11 @@ def add_garbage(store: Store) -> None:
     batch.append_tokens(TENANT, "g-ended", 0, tokens(5, 4))
     batch.put_request(request("gone", "q", "g-root", "g-ended", "failed"))
     batch.put_index(TENANT, "gone", "g-lost")
+    batch.put_prior(TENANT, "g-turn", {"identity_id": "id1", "start": 0}, bytes(40))
     store.log.write(batch).result()
+    prior = keys.record_key(TENANT, keys.PRIOR, "g-none")
+    value = envelope.pack(prior, {"identity_id": "id1", "start": 0}, bytes(40))
+    store.log.environment.submit([lambda txn: txn.put(prior, value)], len(value)).result()
     put_cell(store, b"\x01" * 16, 0)
     put_cell(store, b"\x02" * 16, 0, refer=False)
     put_tail(store, "g-turn", 0, 15)

@@ -209,13 +209,13 @@ def test_sealing_waits_for_every_turn(model, spy):
     assert scheduler.counters.sealed == 256
 
 
-def test_cancel_seal_names_its_owner(model):
+def test_cancel_idle_names_its_owner(model):
     a, b = Session(model, "a"), Session(model, "b")
     scheduler = Scheduler(model, CELL)
     for session in (a, b):
         session.run(random_ids(200, seed=1), 1, seal=False)
         scheduler.sealing.append(session.seal_work())
-    scheduler.cancel_seal("a")
+    scheduler.cancel_idle("a")
     assert drain(scheduler) == [CellSealed("b", 0), CellSealed("b", -1)]
     assert (a.cache.sealed, b.cache.sealed) == (0, 128)
 

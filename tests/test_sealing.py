@@ -173,13 +173,13 @@ def test_interrupted_sealing(model, ids, expected):
     scheduler = Scheduler(model, CELL)
     scheduler.sealing.append(session.seal_work())
     assert scheduler.step() == [CellSealed(session.name, 0)]
-    scheduler.cancel_seal(session.name)
+    scheduler.cancel_idle(session.name)
     assert scheduler.idle
     play(session, ids, 5, 9)
     scheduler.sealing.append(session.seal_work())
     for _ in range(2):
         scheduler.step()
-    scheduler.cancel_seal(session.name)
+    scheduler.cancel_idle(session.name)
     play(session, ids, 9)
     session.seal()
     assert session.cell_digests() == expected

@@ -52,6 +52,7 @@ REBUILT_KEYS = {
     "index": keys.record_key(TENANT, keys.REVISION_INDEX, "s1", "s1-head"),
     "cell reference": keys.cell_ref_key(TENANT, cells()[0]),
     "tail reference": keys.record_key(TENANT, keys.TAIL_REF, "s1-head"),
+    "prior": keys.record_key(TENANT, keys.PRIOR, "s1-head"),
 }
 
 

@@ -12,7 +12,6 @@ from sessiond.errors import InvalidConfig
 from sessiond.policies.base import LayerView, ModelFacts, Taken
 from sessiond.policies.compose import ByPrior, Layers, Viewed
 from sessiond.policies.full import Full
-from sessiond.policies.narrowed import best_share
 from sessiond.policies.prior import Prior
 from sessiond.policies.registry import parse
 from sessiond.policies.sieve import Sieve, SieveSelector
@@ -157,17 +156,10 @@ def test_viewed_prompts_too_where_the_inner_policy_chooses_for_them():
     assert torch.equal(taken.positions, inner(view(), WINDOW))
 
 
-def test_each_head_keeps_the_share_of_its_tokens_with_the_highest_scores():
-    scores = torch.tensor([[0.1, 0.9, 0.5, 0.2, 0.8], [0.5, 0.4, 0.3, 0.2, 0.1]]).half()
-    assert best_share(scores, 0.4).nonzero().tolist() == [[0, 1], [0, 4], [1, 0], [1, 1]]
-    assert best_share(scores, 0.41).sum(-1).tolist() == [3, 3]
-    assert best_share(scores, 1.0).all()
-
-
 def kept(scores: Tensor, share: float, turn_start: int) -> list[set[int]]:
     """Positions that each head may choose, by sorting."""
     n = scores.shape[1]
-    best = [sorted(range(n), key=lambda p: -row[p])[: -(-int(share * 100) * n // 100)] for row in scores.tolist()]
+    best = [sorted(range(n), key=lambda p: -row[p])[: round(share * n)] for row in scores.tolist()]
     return [{p for p in [*row, *range(n, turn_start)] if p < turn_start} for row in best]
 
 

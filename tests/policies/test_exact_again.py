@@ -13,11 +13,14 @@ from kernel_marks import needs_avx512_bf16
 from small_policies import SMALL
 
 from sessiond.policies.base import Situation
+from sessiond.policies.probing import Instruction
 from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
+from sessiond.zipping import score
 
 INPUTS = (40, 63, 127, 128, 129, 5, 37, 90, 1, 16)
 ANSWER = 4
+INSTRUCTION = Instruction(random_ids(9, 91), random_ids(7, 92), random_ids(3, 93))
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +45,8 @@ def converse(session: Session, turns: list[tuple[str, Mapping[str, Any]]]) -> No
         ids = random_ids(INPUTS[i % len(INPUTS)], i)
         policy, _ = parse(name, knobs).settle_on(Situation(len(session.log), 0.0))
         session.run(ids, ANSWER, policy=policy, turn_start=len(session.log))
+        if policy.wants_prior:
+            score(session.model, session.cache, session.log, INSTRUCTION)
 
 
 def sealed_by_full(model, log: list[int]) -> list[str]:

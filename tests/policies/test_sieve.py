@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sessiond.errors import InvalidConfig
 from sessiond.policies.base import LayerView
+from sessiond.policies.prior import Prior
 from sessiond.policies.quantized import QuantizedKeys
 from sessiond.policies.registry import parse
 
@@ -112,3 +115,28 @@ def test_knobs():
         with pytest.raises(InvalidConfig) as caught:
             parse("sieve", bad)
         assert caught.value.metadata["range"]
+
+
+def test_a_prior_decides_between_tokens_that_weigh_the_same_and_no_others():
+    keys = torch.zeros(G, 100, D)
+    keys[:, 7] = 3.0
+    query = torch.ones(G * SHARE, 1, D)
+    scores = torch.zeros(2, G, 80)
+    scores[1, 0, [20, 60]], scores[1, 1, [3, 79]] = 0.5, 0.9
+    scores[0] = 1.0  # another layer's
+    selector = parse("sieve", {"least": 3, "most": 3}).selector(1, 2)
+    plain = view(100, 90, query=query, keys=keys)
+    assert selector.step(plain).tolist() == [[0, 1, 7]] * G
+    told = replace(plain, prior=Prior(torch.cat([scores, torch.zeros(2, G, 10)], 2).half()))
+    assert selector.step(told).tolist() == [[7, 20, 60], [3, 7, 79]]
+
+
+def test_a_prior_decides_between_tokens_that_weigh_nothing():
+    keys = torch.zeros(G, 100, D)
+    keys[:, 7] = 200.0
+    query = torch.ones(G * SHARE, 1, D) * 4
+    scores = torch.zeros(1, G, 90)
+    scores[0, :, [20, 60]] = 0.5
+    selector = parse("sieve", {"least": 3, "most": 3}).selector(0, 1)
+    told = replace(view(100, 90, query=query, keys=keys), prior=Prior(scores.half()))
+    assert selector.step(told).tolist() == [[7, 20, 60]] * G

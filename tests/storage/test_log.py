@@ -28,6 +28,7 @@ def fill(log):
         ("put_request", request()),
         ("put_cell_ref", cell_ref()),
         ("put_tail_ref", tail_ref()),
+        ("put_prior", "t", "r1", {"start": 0}, b"scores"),
         ("put_identity", "id1", {"weights": "abc"}),
         ("put_profile", "p1", {"torch": "2"}),
     )
@@ -40,6 +41,7 @@ def fill(log):
         keys.REQUEST: lambda: log.request("t", "s1", "q1"),
         keys.CELL_REF: lambda: log.cell_ref("t", bytes(range(16))),
         keys.TAIL_REF: lambda: log.tail_ref("t", "r1"),
+        keys.PRIOR: lambda: log.prior("t", "r1"),
         keys.IDENTITY: lambda: log.identity("id1"),
         keys.PROFILE: lambda: log.profile("p1"),
     }
@@ -49,7 +51,7 @@ def test_every_kind_reads_back_equal(log):
     reads = fill(log)
     assert [read() for read in reads.values()] == [
         session(), revision(), [revision()], b"messages", [5, 6, 7], request(), cell_ref(), tail_ref(),
-        {"weights": "abc"}, {"torch": "2"},
+        ({"start": 0}, b"scores"), {"weights": "abc"}, {"torch": "2"},
     ]  # fmt: skip
     assert log.requests("t", "s1") == [request()]
     assert log.all_cell_refs("t") == [cell_ref()]
@@ -66,6 +68,7 @@ def test_absent_and_foreign_look_the_same(log):
                 read(tenant, revision_id)
         assert log.messages(tenant, revision_id) is None
         assert log.tail_ref(tenant, revision_id) is None
+        assert log.prior(tenant, revision_id) is None
         assert log.request(tenant, session_id, "q1") is None
         assert log.revisions_of_session(tenant, session_id) == []
         assert len(log.tokens(tenant, revision_id)[0]) == 0
