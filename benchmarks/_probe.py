@@ -110,7 +110,7 @@ class Probe:
 
 
 def mass_kept(weights: Tensor, history: int, chosen: Taken | None) -> Tensor:
-    """The part of softmax weights [G, S, T] that lies on the chosen positions and on those from `history` on: [G, S]."""
+    """What of softmax weights [G, S, T] lies on the chosen positions and on those from `history` on: [G, S]."""
     own = weights[..., history:].sum(-1)
     if chosen is None:
         return own + weights[..., :history].sum(-1)

@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=96, help="tokens scored in each last turn; a quarter in others")
     parser.add_argument("--share", type=float, default=0.06, help="of the context that is attended to")
     parser.add_argument("--policies", help="names with commas between; all without it")
-    parser.add_argument("--kvpress", action="store_true", help="rows of kvpress's methods too (make kvpress-env)")
+    parser.add_argument("--kvpress", action="store_true", help="rows of kvpress's methods too")
     parser.add_argument("--plots", type=Path, help="folder for PNGs")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
