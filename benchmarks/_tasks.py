@@ -1,92 +1,15 @@
-"""The tasks T1 to T6: each makes one conversation by a draw. T0, a trained recall model, is recall.py's.
-
-A fact is "The registry number of the ADJECTIVE NOUN is N". Numbers begin with different digits, so that the first token
-of the answer is a choice among all that were told.
-"""
+"""The tasks T1 to T6: each makes one conversation by a draw. T0, a trained recall model, is recall.py's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from _dialogue import Chat, Conversation, Turn
+from _facts import ADJECTIVES, NOUNS, Fact, asked, chatter, document, facts, plain
 
-ADJECTIVES = [
-    "amber",
-    "brisk",
-    "copper",
-    "dusty",
-    "early",
-    "frozen",
-    "gentle",
-    "hollow",
-    "iron",
-    "jolly",
-    "keen",
-    "lonely",
-    "marble",
-    "narrow",
-    "olive",
-    "purple",
-]
-NOUNS = [
-    "anchor",
-    "basket",
-    "candle",
-    "dagger",
-    "engine",
-    "feather",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orchard",
-]
 LABELS = ("north", "south", "east", "west")
 N_FACTS = 8
 EDGES = (16, 32, 64, 128)
-
-
-@dataclass(frozen=True)
-class Fact:
-    name: str
-    number: str
-
-    @property
-    def told(self) -> str:
-        return f"The registry number of the {self.name} is {self.number}."
-
-    @property
-    def stem(self) -> str:
-        return f"The registry number of the {self.name} is "
-
-
-def facts(chat: Chat, n: int) -> list[Fact]:
-    """`n` facts, at most 9: names without a word in common, numbers of four digits that begin differently."""
-    adjectives, nouns = chat.draw.sample(ADJECTIVES, n), chat.draw.sample(NOUNS, n)
-    firsts = chat.draw.sample("123456789", n)
-    numbers = [first + "".join(chat.draw.choices("0123456789", k=3)) for first in firsts]
-    return [Fact(f"{a} {b}", number) for a, b, number in zip(adjectives, nouns, numbers, strict=True)]
-
-
-def asked(chat: Chat, filler: list[int], fact: Fact, told: list[Fact], kind: str, age: int) -> Turn:
-    """A turn that asks for a fact; the choices are the numbers of all that were `told`."""
-    values = [fact.number, *(other.number for other in told if other != fact)]
-    prompt, answers = chat.ask(f"What is the registry number of the {fact.name}?", fact.stem, values)
-    closing = chat.ids("." + chat.next)
-    return Turn(filler, prompt, answers[0], closing, kind, age, [ids[0] for ids in answers])
-
-
-def document(chat: Chat, told: list[Fact], n_sentences: int = 4) -> str:
-    """Filler paragraphs with facts spread over them."""
-    parts = [chat.exchange()[1] for _ in range(n_sentences)]
-    for fact in told:
-        parts.insert(chat.draw.randrange(len(parts) + 1), fact.told)
-    return "Please keep these notes for later.\n\n" + "\n\n".join(parts)
 
 
 def late_need(chat: Chat, n_facts: int = N_FACTS, n_telling: int = 4) -> Conversation:
@@ -101,27 +24,16 @@ def late_need(chat: Chat, n_facts: int = N_FACTS, n_telling: int = 4) -> Convers
         if exchange == 0:
             filler += document(chat, new) + chat.reply + "I will keep them." + chat.next
         else:
-            filler += _chatter(chat, new)
+            filler += chatter(chat, new)
     turns: list[Turn] = []
     for number, fact in enumerate(known):
         age = n_telling + number - told_at[number]
-        turns.append(asked(chat, chat.ids(filler + _chatter(chat, [])), fact, known, "first", age))
+        turns.append(asked(chat, chat.ids(filler + chatter(chat, [])), fact, known, "first", age))
         filler = ""
         if number % 3 == 2:
             again = chat.draw.randrange(number)
             turns.append(asked(chat, [], known[again], known, "again", number - again))
     return Conversation("T1", turns)
-
-
-def _chatter(chat: Chat, new: list[Fact]) -> str:
-    """An exchange of filler, in which either side mentions facts."""
-    user, reply = chat.exchange(120, 240)
-    for fact in new:
-        if chat.draw.random() < 0.5:
-            user = f"{user}\n\nBy the way: {fact.told}"
-        else:
-            reply = f"{reply}\n\nNote: {fact.told}"
-    return user + chat.reply + reply + chat.next
 
 
 def copy_back(chat: Chat, n_turns: int = 6, n_cue: int = 6, n_answer: int = 12) -> Conversation:
@@ -163,13 +75,8 @@ def overwrite(chat: Chat, n_facts: int = 4) -> Conversation:
             prompt, answers = chat.ask(question, stem, [fact.number, other.number])
             kind, closing = "current" if when == "now" else "old", chat.ids("." + chat.next)
             turns.append(Turn(before, prompt, answers[0], closing, kind, age, [ids[0] for ids in answers]))
-            before = chat.ids("".join(_plain(chat)))
+            before = chat.ids(plain(chat))
     return Conversation("T3", turns)
-
-
-def _plain(chat: Chat) -> tuple[str, ...]:
-    user, reply = chat.exchange()
-    return user, chat.reply, reply, chat.next
 
 
 def many_shot(chat: Chat, n_shots: int = 80, n_turns: int = 8) -> Conversation:
@@ -187,13 +94,13 @@ def many_shot(chat: Chat, n_shots: int = 80, n_turns: int = 8) -> Conversation:
         kind = "seen" if name in names[:n_shots] else "new"
         choices = [ids[0] for ids in answers]
         turns.append(Turn(chat.ids(filler), prompt, answers[0], chat.ids(chat.next), kind, number, choices))
-        filler = "".join(_plain(chat))
+        filler = plain(chat)
     return Conversation("T4", turns)
 
 
 def replayed_chat(chat: Chat, n_turns: int = 10, n_answer: int = 24) -> Conversation:
     """T5: real exchanges, teacher-forced; the first `n_answer` tokens of each reply are scored."""
-    filler = chat.ids(chat.head + "".join(_plain(chat)))
+    filler = chat.ids(chat.head + plain(chat))
     turns = []
     for number in range(n_turns):
         user, reply = chat.exchange(400, 600)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import arguments, console, machine, print_json, run_script, spin_as_the_daemon, today
+from _bench import arguments, console, machine, print_json, spin_as_the_daemon, today
 from _chat_text import conversations
 from _contenders import contenders, only
 from _grades import grade
+from _kvpress_rows import peer
 from _model import load_model
 from _probe import Probe
 from _replay import Contender, Distance, prefill
@@ -160,7 +161,8 @@ def main() -> None:
     for found in told.values():
         found["grade"] = grade(found, told["chunking"], [turn["kl_mean"] for turn in found["by_depth"]])
     if options.kvpress:
-        told |= kvpress_rows(options, texts, budget)
+        asked = [{"ids": ids, "n_context": options.context, "prompt": PROMPT} for ids in texts]
+        told |= peer(options.model, asked, budget)["policies"]
     for columns in ((*COLUMNS, "grade"), INSIDE, (*BYTES, "hot_share")):
         out.print(table(told, columns) + "\n", markup=False, soft_wrap=True)
     if options.plots:
@@ -169,19 +171,6 @@ def main() -> None:
         quality_against_bytes(told, model.shape.bytes_per_token * options.context, options.plots)
         quality_against_depth(told, options.plots)
     print_json({"benchmark": "fidelity", **summary(told), "policies": told, **_conditions(options, model, budget)})
-
-
-def kvpress_rows(options: Any, texts: list[list[int]], budget: int) -> dict[str, dict[str, Any]]:
-    """The same conversations' last turns by kvpress's methods, each against kvpress's own full attention."""
-    import json
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "texts.json")
-        file.write_text(json.dumps([{"ids": ids, "n_context": options.context, "prompt": PROMPT} for ids in texts]))
-        found = run_script("kvpress_env.py", "--model", options.model, "--texts", str(file), "--budget", str(budget))
-    rows: dict[str, dict[str, Any]] = found["policies"]
-    return rows
 
 
 def _conditions(options: Any, model: Model, budget: int) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=96)
     parser.add_argument("--budget", type=int, default=246, help="tokens of history that stay")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--answers", action="store_true", help="tell each answer's scores too")
     options = parser.parse_args()
     path = modelstore.resolve(options.model).path
     with tempfile.TemporaryDirectory() as folder:
@@ -61,6 +62,7 @@ def main() -> None:
             file.write_text(json.dumps([{"ids": ids, "n_context": options.context, "prompt": PROMPT} for ids in texts]))
         peer = Path(__file__).with_name("kvpress_peer.py")
         command = [str(python()), str(peer), "--path", str(path), "--texts", str(file), "--budget", str(options.budget)]
+        command += ["--answers"] if options.answers else []
         sys.exit(subprocess.run(command, env=environment(), check=False).returncode)
 
 

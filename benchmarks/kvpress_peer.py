@@ -3,7 +3,8 @@
 Runs in an environment of its own (kvpress_env.py): kvpress needs an older transformers, and nothing here imports
 sessiond. As its authors use it: the press is a context manager around the prefill, which removes a share of the keys
 and values for good; what follows attends to what is left, at the positions it had. A text is
-{"ids": [...], "n_context": where the answer begins, "prompt": tokens of the question before that}. Each method runs
+{"ids": [...], "n_context": where the answer begins, "prompt": tokens of the question before that}, and maybe "choices",
+first tokens that an answer may begin with. Each method runs
 query-agnostic (the prompt comes after the compression) and SnapKV query-aware too (the prompt is compressed along).
 """
 
@@ -63,6 +64,20 @@ def removed(n_context: int, budget: int) -> float:
     return 1 - min(budget, n_context) / n_context
 
 
+def scored(text: dict[str, Any], reference: Tensor, logits: Tensor) -> dict[str, Any]:
+    """Of one answer: nats a token of the gold tokens and from full attention, hits, the choice made if there is one."""
+    gold = torch.tensor(text["ids"][text["n_context"] :])
+    hits = logits.argmax(-1) == gold
+    choices = text.get("choices")
+    return {
+        "nll": float(-logits.double().log_softmax(-1).gather(1, gold[:, None]).mean()),
+        "kl": sum(distances(reference, logits)["kl"]) / len(gold),
+        "exact": bool(hits.all()),
+        "match": float(hits.double().mean()),
+        "choice": choices[int(logits[0, choices].argmax())] if choices else None,
+    }
+
+
 def distances(reference: Tensor, logits: Tensor) -> dict[str, list[float]]:
     """KL in nats, fp64; whether the first tokens agree; whether full attention's leads by 0.1. Of each position."""
     p, q = (x.double().log_softmax(-1) for x in (reference, logits))
@@ -97,6 +112,7 @@ def main() -> None:
     parser.add_argument("--path", type=Path, required=True, help="a transformers directory")
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--budget", type=int, required=True, help="tokens of history that stay")
+    parser.add_argument("--answers", action="store_true", help="tell each answer's scores too")
     options = parser.parse_args()
     disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -105,21 +121,26 @@ def main() -> None:
     model = loaded.eval()
     texts = json.loads(options.texts.read_text())
     found: dict[str, list[dict[str, list[float]]]] = {name: [] for name in METHODS}
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in ("kvpress_full", *METHODS)}
     seconds = dict.fromkeys(METHODS, 0.0)
     with torch.inference_mode():
         for text in texts:
             ids, n, n_prompt = text["ids"], text["n_context"], text["prompt"]
             history, prompt, answer = ids[: n - n_prompt], ids[n - n_prompt : n], ids[n:]
             reference = answered(model, None, history, prompt, answer)
+            answers["kvpress_full"].append(scored(text, reference, reference))
             for name, (press, aware) in METHODS.items():
                 began = time.perf_counter()
                 context, rest = (history + prompt, []) if aware else (history, prompt)
                 made = press(compression_ratio=removed(len(context), options.budget))
-                found[name].append(distances(reference, answered(model, made, context, rest, answer)))
+                logits = answered(model, made, context, rest, answer)
                 seconds[name] += time.perf_counter() - began
-    kept = options.budget / (texts[0]["n_context"] - texts[0]["prompt"])
+                found[name].append(distances(reference, logits))
+                answers[name].append(scored(text, reference, logits))
+    kept = sum(1 - removed(text["n_context"] - text["prompt"], options.budget) for text in texts) / len(texts)
     rows = {name: told(found[name], seconds[name], kept) for name in METHODS}
-    print(json.dumps({"benchmark": "kvpress", "budget": options.budget, "texts": len(texts), "policies": rows}))
+    told_last = {"benchmark": "kvpress", "budget": options.budget, "texts": len(texts), "policies": rows}
+    print(json.dumps({**told_last, "answers": answers} if options.answers else told_last))
 
 
 if __name__ == "__main__":

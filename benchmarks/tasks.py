@@ -15,6 +15,8 @@ from _bench import arguments, console, machine, print_json, spin_as_the_daemon, 
 from _chat_text import exchanges
 from _contenders import contenders, only
 from _dialogue import Chat, Conversation
+from _kvpress_rows import peer, questions
+from _kvpress_rows import scores as answers_of
 from _model import load_model
 from _own_history import live
 from _probe import Probe
@@ -74,6 +76,12 @@ def run_own(model: Model, conversation: Conversation, policies: dict[str, Policy
             scores[name].append(score(turn, logits, reference, number, index))
 
 
+def kvpress_rows(model: str, made: list[Conversation], budget: int) -> dict[str, dict[str, Any]]:
+    """kvpress's methods on the same questions, paired with its own full history: another engine's is not ours."""
+    found = {name: answers_of(made, told) for name, told in peer(model, questions(made), budget)["answers"].items()}
+    return {name: summary(found["kvpress_full"], some) for name, some in found.items()}
+
+
 def table(task: str, told: dict[str, dict[str, Any]], accuracy: bool) -> str:
     """Without shares of right answers where full history has too few of them."""
     columns = [c for c in COLUMNS if accuracy or c not in ("right", "retention", "retention_again", "reverse_flips")]
@@ -84,7 +92,7 @@ def table(task: str, told: dict[str, dict[str, Any]], accuracy: bool) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4f}"
 
 
 def remarks(task: str, told: dict[str, dict[str, Any]], accuracy: bool) -> list[str]:
@@ -114,6 +122,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.06, help="the same for methods that keep a share of history")
     parser.add_argument("--policies", help="names with commas between; all without it")
     parser.add_argument("--history", choices=("gold", "own"), default="gold")
+    parser.add_argument("--kvpress", action="store_true", help="rows of kvpress's methods too")
     parser.add_argument("--plots", type=Path, help="folder for PNGs")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -131,12 +140,15 @@ def main() -> None:
     for task, n in wanted.items():
         chat = Chat(tokenizer, text, random.Random(f"{options.seed} {task}"))
         scores: Scores = {name: [] for name in ("full", *policies)}
+        made: list[Conversation] = []
         with torch.inference_mode():
             for number in range(n):
-                conversation = TASKS[task](chat)
+                made.append(conversation := TASKS[task](chat))
                 run_one(model, conversation, policies, number, scores)
                 out.print(f"{task}: conversation {number + 1} of {n}, {conversation.n_tokens} tokens")
         told[task] = {name: summary(scores["full"], some) for name, some in scores.items()}
+        if options.kvpress:
+            told[task] |= kvpress_rows(options.model, made, options.budget)
         accuracy = quotable(scores["full"])
         out.print(table(task, told[task], accuracy) + "\n", markup=False, soft_wrap=True)
         notes += remarks(task, told[task], accuracy)

@@ -308,3 +308,14 @@ def test_pictures_are_png(load: Any, tmp_path: Path) -> None:
     ]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert plots.read_bytes(one) == 75
+
+
+def test_a_peer_is_asked_the_same_questions(load: Any, tasks: ModuleType) -> None:
+    rows, conversation = load("_kvpress_rows"), tasks.late_need(a_chat(load))
+    asked = rows.questions([conversation, conversation])
+    assert len(asked) == 2 * len(conversation.turns)
+    for (before, answer), text in zip(texts(conversation), asked, strict=False):
+        assert Letters().decode(text["ids"][: text["n_context"]]) == before
+        assert Letters().decode(text["ids"][text["n_context"] :]) == answer
+    gold = [{"nll": 0.5, "kl": 0.0, "exact": True, "match": 1.0, "choice": text["choices"][0]} for text in asked]
+    assert all(score.right for score in rows.scores([conversation, conversation], gold))
