@@ -117,6 +117,16 @@ class ModelFacts:
     max_context: int
 
 
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What is known as a turn is planned: its tokens with all before, the share of the memory budget in use, and the
+    share of attention that the last turn's choice held, if that was measured."""
+
+    n_tokens: int
+    memory_used: float
+    attention_mass: float | None = None
+
+
 class Policy:
     """A frozen dataclass whose fields are its knobs."""
 
@@ -142,15 +152,28 @@ class Policy:
             told = f"policy {self.name!r} has nothing to choose: every layer of this model has a sliding window"
             raise InvalidConfig(told, policy=self.name, knob="name", range="full")
 
+    def settle_on(self, situation: Situation) -> tuple[Policy, str]:
+        """The policy that a turn runs under, and why if that is another one."""
+        return self, ""
+
+    def index_bytes(self, model: ModelFacts) -> int:
+        """Bytes that its index takes for each token, about: memory is set aside for them before a turn."""
+        return 0
+
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         """What chooses in one layer; None where all tokens take part at every step."""
         raise NotImplementedError
 
 
+def named(policy: Policy) -> dict[str, Any]:
+    """A policy as a knob of another: a JSON object with its name and its knobs."""
+    return {"name": policy.name, **policy.knobs()}
+
+
 def _told(value: Any) -> Any:
-    """A knob as a JSON value: a policy within a policy is an object with its name."""
+    """A knob as a JSON value."""
     if isinstance(value, Policy):
-        return {"name": value.name, **value.knobs()}
+        return named(value)
     if isinstance(value, tuple):
         return [_told(part) for part in value]
     return value

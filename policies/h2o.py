@@ -63,7 +63,9 @@ class H2OSelector(Selector):
 
     @property
     def nbytes(self) -> int:
-        return sum(account.scores.nbytes for account in (self._started, self._prompted, self._now) if account)
+        accounts = {id(account): account for account in (self._started, self._prompted, self._now) if account}
+        chosen = 0 if self._chosen is None else self._chosen.nbytes
+        return chosen + sum(account.scores.nbytes for account in accounts.values())
 
     def keep(self, n: int) -> None:
         """Goes back to the last account without queries from `n` on: the prompt's end, the turn's start, or none."""

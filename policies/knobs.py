@@ -36,8 +36,9 @@ def flag(policy: str, knob: str, value: object) -> None:
         raise InvalidConfig(told, policy=policy, knob=knob, range="true, false")
 
 
-def one_of(policy: str, knob: str, value: object, names: Sequence[str]) -> None:
-    """`value` is one of `names`. Raises InvalidConfig."""
-    if value not in names:
-        told = f"policy {policy!r}: {knob} must be one of {', '.join(names)}, not {value!r}"
-        raise InvalidConfig(told, policy=policy, knob=knob, range=", ".join(names))
+def one_of(policy: str, knob: str, value: object, known: Sequence[object]) -> None:
+    """`value` is one of `known`. Raises InvalidConfig."""
+    if value not in known:
+        allowed = ", ".join(str(one) for one in known)
+        told = f"policy {policy!r}: {knob} must be one of {allowed}, not {value!r}"
+        raise InvalidConfig(told, policy=policy, knob=knob, range=allowed)

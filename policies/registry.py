@@ -7,11 +7,16 @@ from typing import Any
 
 from sessiond.errors import UnknownPolicy
 from sessiond.policies.adakv import AdaKV
+from sessiond.policies.auto import Auto
 from sessiond.policies.base import Policy
+from sessiond.policies.compose import ByPrior, Layers, Viewed
 from sessiond.policies.full import Full
 from sessiond.policies.h2o import H2O
+from sessiond.policies.kivi import Kivi
+from sessiond.policies.lowbit import Int4, Int8
 from sessiond.policies.quest import Quest
 from sessiond.policies.rocketkv import RocketKV
+from sessiond.policies.shadowkv import ShadowKV
 from sessiond.policies.sieve import Sieve
 from sessiond.policies.snapkv import SnapKV
 from sessiond.policies.window import Window
@@ -25,6 +30,14 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "quest": Quest,
     "rocketkv": RocketKV,
     "sieve": Sieve,
+    "auto": Auto,
+    "int8": Int8,
+    "int4": Int4,
+    "kivi": Kivi,
+    "layers": Layers,
+    "viewed": Viewed,
+    "prior": ByPrior,
+    "shadowkv": ShadowKV,
 }
 
 
@@ -42,6 +55,11 @@ def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
         return factory(**{knob: _knob(value) for knob, value in knobs.items()})
     except TypeError as error:
         raise UnknownPolicy(f"policy {name!r}: {error}", policy=name) from error
+
+
+def stored(policy: Mapping[str, Any]) -> Policy:
+    """The policy of a session's record: {"name", "knobs"}."""
+    return parse(policy["name"], policy["knobs"])
 
 
 def _knob(value: Any) -> Any:

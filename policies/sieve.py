@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import share, whole
-from sessiond.policies.quantized import BITS, QuantizedKeys
+from sessiond.policies.quantized import BITS, QuantizedKeys, bytes_per_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,10 @@ class Sieve(Policy):
         whole(self.name, "least", self.least, 1, self.most)
         whole(self.name, "dense_layers", self.dense_layers, 0, 1 << 10)
 
+    def index_bytes(self, model: ModelFacts) -> int:
+        layers = sum(layer >= self.dense_layers for layer in model.attending)
+        return layers * model.n_kv_heads * bytes_per_row(model.head_dim, self.bits) * 5 // 4  # and its room to grow
+
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         return None if layer < self.dense_layers else SieveSelector(self)
 
@@ -59,6 +63,18 @@ class SieveSelector(Selector):
 
     def keep(self, n: int) -> None:
         self._index.keep(n)
+
+    @property
+    def scan(self) -> Scan | None:
+        return Scan(f"{self._policy.bits}-bit keys", self._index.n, self._index.used(self._index.n))
+
+    def prompt(self, view: LayerView) -> None:
+        """Take the piece's keys along, unless much is missing: the first token does not wait for that."""
+        if self._index.n >= min(view.start, view.turn_start):
+            self._index.extend(view.keys)
+
+    def rest(self, view: LayerView) -> None:
+        self._index.extend(view.keys)
 
     def step(self, view: LayerView) -> Tensor:
         """Weights are estimated over all earlier tokens, the turn's own among them: what those hold is not missing."""

@@ -19,6 +19,7 @@ from sessiond.errors import (
 )
 from sessiond.live import Live
 from sessiond.messages import decode_messages
+from sessiond.policies import registry
 from sessiond.sampling import SamplingParams
 from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.template import Message
@@ -93,6 +94,8 @@ def plan_turn(desk: Desk, live: Live, record: SessionRecord, request: TurnReques
     if sampling.seed is None:
         sampling = sampling.with_seed(secrets.randbits(63))
     now = desk.now_us()
+    asked = registry.parse(*request.policy) if request.policy else registry.stored(record.policy)
+    policy, why = asked.settle_on(desk.situation(live, len(live.ids) + len(ids)))
     params = {
         "mode": request.mode,
         "sampling": sampling.to_json(),
@@ -100,7 +103,8 @@ def plan_turn(desk: Desk, live: Live, record: SessionRecord, request: TurnReques
         "n_prompt": len(ids),
         "flags": flags,
         "drift": drift,
-        "policy": list(request.policy or (record.policy["name"], record.policy["knobs"])),
+        "policy": [policy.name, policy.knobs()],
+        "policy_why": why,
         "abort_on_disconnect": request.abort_on_disconnect,
     }
     row = RequestRecord(

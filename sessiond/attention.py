@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,10 @@ from sessiond.kernels.rope import Rope
 NAME = "sessiond"
 
 
+class InterruptedStepError(Exception):
+    """A step that may wait was abandoned between two layers. Its KV is written in some layers and not in others."""
+
+
 @dataclass(slots=True)
 class PackedStep:
     """What the model's forward passes on to every layer: the spans of one step and memory to work in."""
@@ -22,6 +27,7 @@ class PackedStep:
     spans: list[PackedSpan]
     scratch: Scratch
     rope: Rope | None = None  # of the layers that see all of history
+    gives_way: Callable[[], bool] | None = None  # asked in every layer whether the step is to be abandoned
 
 
 def attend(
@@ -69,13 +75,18 @@ def sessiond_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention call. query [1, H, N, D]; returns [1, N, H, D]. Rows outside every span are zero."""
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if packed.gives_way is not None and packed.gives_way():
+        raise InterruptedStepError
     heads, spans, scratch = query[0], packed.spans, packed.scratch
     if len(spans) == 1 and heads.shape[1] == spans[0].end - spans[0].start:
-        return attend(heads, spans[0], layer, scaling, sliding_window, scratch, packed.rope)[None], None
+        alone = attend(heads, spans[0], layer, scaling, sliding_window, scratch, packed.rope)[None]
+        spans[0].cache.release(layer)
+        return alone, None
     out = heads.new_zeros(heads.shape[1], heads.shape[0], heads.shape[2])
     for span in spans:
         rows = slice(span.start, span.end)
         out[rows] = attend(heads[:, rows], span, layer, scaling, sliding_window, scratch, packed.rope)
+        span.cache.release(layer)
     return out[None], None
 
 

@@ -2,7 +2,8 @@
 
 Every session reserves address space for its model's whole context, one contiguous run of positions for each layer and
 KV head: attention is then one matrix product over any length, and nothing is ever copied to grow. Only pages that were
-written cost memory (docs/decisions/0002-reserved-kv.md).
+written cost memory (docs/decisions/0002-reserved-kv.md). Under a policy that reads little of it, the exact KV lies in a
+file, of which a step maps one layer at a time (docs/decisions/0012-exact-kv-one-tier-down.md).
 
     [0, sealed)         canonical KV, a pure function of identity and tokens
     [sealed, length)    provisional KV of this session
@@ -12,8 +13,6 @@ written cost memory (docs/decisions/0002-reserved-kv.md).
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sessiond.policies.base import Policy
+from sessiond.backing import Backing
+from sessiond.policies.base import ModelFacts, Policy
 from sessiond.policies.prior import Prior
 from sessiond.selection import Selection
 from sessiond.types import KVShape, Span
@@ -30,10 +30,19 @@ from sessiond.types import KVShape, Span
 _TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _INT_DTYPES = {2: torch.uint16, 4: torch.uint32}
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap
-
 # Keys are attended in multiples of this, so that the shapes of a step change every 64 tokens and not every token.
 KEY_GRANULE = 64
+
+
+def reserved_bytes(shape: KVShape, capacity: int) -> int:
+    """Bytes of address space for `capacity` positions."""
+    return shape.bytes_per_token * (-(-capacity // KEY_GRANULE) * KEY_GRANULE)
+
+
+def hot_bytes_per_token(shape: KVShape, policy: Policy, model: ModelFacts, *, offloaded: bool) -> int:
+    """Bytes of memory that a token takes under a policy, about: its exact KV, or a layer of it, and the index."""
+    exact = shape.bytes_per_token
+    return (exact // shape.n_layers if offloaded else exact) + policy.index_bytes(model)
 
 
 def torch_dtype(shape: KVShape) -> torch.dtype:
@@ -47,21 +56,11 @@ class SessionCache:
     Memory that was not written is zero, never NaN: a masked key must not spoil a sum.
     """
 
-    def __init__(self, shape: KVShape, capacity: int) -> None:
+    def __init__(self, shape: KVShape, capacity: int, backing: Backing | None = None) -> None:
+        """`backing`: memory of its own for `reserved_bytes(shape, capacity)`."""
         self.shape = shape
         self.capacity = -(-capacity // KEY_GRANULE) * KEY_GRANULE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._memory = memory = mmap.mmap(-1, shape.bytes_per_token * self.capacity, flags=flags)
-        if (option := getattr(mmap, "MADV_NOHUGEPAGE", None)) is not None:
-            # Where the kernel gives huge pages unasked, one token would take one in every layer and head.
-            with contextlib.suppress(OSError):
-                memory.madvise(option)
-        dims = (shape.n_layers, 2, shape.n_kv_heads, self.capacity, shape.head_dim)
-        data = torch.frombuffer(memory, dtype=torch_dtype(shape)).view(dims)
-        self.keys: Sequence[Tensor] = data[:, 0].unbind(0)
-        self.values: Sequence[Tensor] = data[:, 1].unbind(0)
-        self._raw: np.ndarray[Any, Any] = data.view(_INT_DTYPES[shape.itemsize]).numpy()
-        self.is_huge = False
+        self._lay_out(backing or Backing(reserved_bytes(shape, capacity)))
         self._written = 0  # end of the positions that a step has written
         self.epoch = 0  # changes whenever positions that were held are given up
         self.length = 0
@@ -69,6 +68,41 @@ class SessionCache:
         self.borrowed = 0
         self.selection: Selection | None = None  # None: everything takes part
         self.prior: Prior | None = None  # what is known of its tokens, whatever is asked
+
+    def _lay_out(self, backing: Backing) -> None:
+        data = self._tensor(backing)
+        self.backing = backing
+        self.keys: Sequence[Tensor] = data[:, 0].unbind(0)
+        self.values: Sequence[Tensor] = data[:, 1].unbind(0)
+        self._raw: np.ndarray[Any, Any] = data.view(_INT_DTYPES[self.shape.itemsize]).numpy()
+
+    def _tensor(self, backing: Backing) -> Tensor:
+        """The backing's memory as [L, 2, G, capacity, D]."""
+        shape = self.shape
+        dims = (shape.n_layers, 2, shape.n_kv_heads, self.capacity, shape.head_dim)
+        return torch.frombuffer(backing.memory, dtype=torch_dtype(shape)).view(dims)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether exact KV lies one tier down, and only what is read of it is mapped."""
+        return self.backing.in_file
+
+    def move(self, backing: Backing) -> None:
+        """Go on in other memory, with the same bytes. Nobody may write meanwhile; readers read the old memory."""
+        target, nbytes = self._tensor(backing), len(backing.memory) // self.shape.n_layers
+        for layer in range(self.shape.n_layers):
+            target[layer, 0, :, : self._written] = self.keys[layer][:, : self._written]
+            target[layer, 1, :, : self._written] = self.values[layer][:, : self._written]
+            backing.release(layer * nbytes, (layer + 1) * nbytes)
+        self._lay_out(backing)
+
+    def release(self, layer: int) -> None:
+        """Nobody needs a layer's exact KV at the moment: where it lies in a file, its pages leave memory."""
+        nbytes = len(self.backing.memory) // self.shape.n_layers
+        self.backing.release(layer * nbytes, (layer + 1) * nbytes)
+
+    def release_all(self) -> None:
+        self.backing.release(0, len(self.backing.memory))
 
     def use(self, policy: Policy, turn_start: int, *, again: bool = False) -> None:
         """Let `policy` choose for a turn whose own tokens stand at `turn_start`. What it derived before is kept.
@@ -90,18 +124,13 @@ class SessionCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tokens held now occupy, and what a policy derived from them."""
-        derived = sum(part.nbytes for part in (self.selection, self.prior) if part is not None)
-        return (self.capacity if self.is_huge else self.length) * self.shape.bytes_per_token + derived
+        """Bytes of memory that the tokens held now occupy, and what a policy derived from them.
 
-    def use_huge_pages(self) -> None:
-        """Take memory in huge pages: what is reserved then counts whole."""
-        option = getattr(mmap, "MADV_HUGEPAGE", None)
-        if option is None:
-            return
-        with contextlib.suppress(OSError):  # a hint: without it, pages are small
-            self._memory.madvise(option)
-            self.is_huge = True
+        Of KV in a file, one layer at a time is in memory.
+        """
+        derived = sum(part.nbytes for part in (self.selection, self.prior) if part is not None)
+        exact = (self.capacity if self.backing.is_huge else self.length) * self.shape.bytes_per_token
+        return derived + (exact // self.shape.n_layers if self.is_offloaded else exact)
 
     def populate(self, layers: range, length: int) -> None:
         """Map the pages of positions [0, length) of some layers in few calls instead of a fault each. A hint, too."""
@@ -109,11 +138,7 @@ class SessionCache:
         used = length * self.shape.head_dim * self.shape.itemsize
         runs_per_layer = 2 * self.shape.n_kv_heads
         for index in range(layers.start * runs_per_layer, layers.stop * runs_per_layer):
-            start = index * run // mmap.PAGESIZE * mmap.PAGESIZE
-            end = min(-(-(index * run + used) // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._memory))
-            try:
-                self._memory.madvise(_MADV_POPULATE_WRITE, start, end - start)
-            except (OSError, ValueError):
+            if not self.backing.populate(index * run, index * run + used):
                 return
 
     def write(self, layer: int, position: int, keys: Tensor, values: Tensor) -> None:

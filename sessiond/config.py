@@ -53,6 +53,9 @@ class Settings(BaseSettings):
 
     # What it keeps in memory, and for how long.
     memory_budget_bytes: int = Field(8 * GIB, ge=1 << 20, description="KV in RAM; idle sessions leave beyond it.")
+    offload: bool = Field(
+        True, description="Under a policy that reads little of it, exact KV lies in a file in the data directory."
+    )
     idle_seconds: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="An idle session leaves memory after this."
     )

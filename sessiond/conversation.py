@@ -132,7 +132,7 @@ class Conversations:
             await turn.run()
         finally:
             live.turn = None
-            live.reserved = 0
+            live.give_room_back()
             live.last_used = time.monotonic()
             self.desk.settle(live)
             live.lease.release()

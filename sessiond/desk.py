@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import structlog
 
+from sessiond.backing import Backing
 from sessiond.branch import Ids
-from sessiond.cache import SessionCache
+from sessiond.cache import SessionCache, hot_bytes_per_token, reserved_bytes
 from sessiond.config import Settings
 from sessiond.engine import Engine
 from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
@@ -22,6 +23,7 @@ from sessiond.handover import Handover
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.policies import registry
+from sessiond.policies.base import Policy, Situation
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
 from sessiond.scheduler import CellSealed, Ended, Event, SealWork, TokenOut
@@ -204,7 +206,7 @@ class Desk:
 
     def _bytes_held(self, live: Live) -> int:
         """Bytes of a session's KV in memory, or that its running turn may fill."""
-        return max(live.cache.nbytes if live.cache else 0, live.reserved * self.tiers.shape.bytes_per_token)
+        return max(live.cache.nbytes if live.cache else 0, live.reserved)
 
     async def warm(self, live: Live, ahead: Sequence[int] = (), *, share: bool = True) -> Restoration:
         """Bring KV of a session's history, and shared cells of the tokens `ahead` of it, into its memory.
@@ -216,7 +218,7 @@ class Desk:
         donor = sealed_donor(others, live, tokens, self.store.cell_tokens)
         report: Restoration
         if live.cache is None:
-            restore = partial(self.tiers.restore, donor=donor, share=share)
+            restore = partial(self.tiers.restore, donor=donor, share=share, backing=live.backing)
             live.cache, report = await self.in_pool(restore, live.tenant, live.chain, tokens)
             live.persisted = live.cache.length if report.tier is Tier.DISK else 0
             live.advance(Change.WARM)
@@ -229,18 +231,26 @@ class Desk:
         self.restored_tokens += report.tokens_restored
         return report
 
-    async def make_room(self, live: Live, held: int, tokens: int) -> None:
+    def situation(self, live: Live, n_tokens: int) -> Situation:
+        """What a policy may go by when a turn of `n_tokens` in all is planned."""
+        return Situation(n_tokens, self.hot_bytes / self.settings.memory_budget_bytes, live.attention_mass)
+
+    async def make_room(self, live: Live, policy: Policy, held: int, tokens: int) -> None:
         """Push out idle sessions, least recently used first, until this one fits with `tokens`. Raises MemoryBudget.
 
         The room stays reserved until the turn has ended (`Live.reserved`). `held`: tokens before any is generated.
+        A session that is cold and whose policy reads little of its exact KV gets a file for that.
         """
-        live.reserved = 0
-        capacity = self.tiers.capacity
-        whole = live.cache is None and self.tiers.memory.is_long(held)  # in huge pages
-        wanted = (capacity if whole else min(tokens, capacity)) * self.tiers.shape.bytes_per_token
-        needed = max(0, wanted - self._bytes_held(live))
-        await self._push_out(needed)
-        live.reserved = tokens
+        live.give_room_back()
+        backing = None
+        if live.cache is None and policy.offloads and self.settings.offload:
+            backing = await self.in_pool(self.tiers.memory.open_file)
+        offloaded = backing is not None if live.cache is None else live.cache.is_offloaded
+        whole = live.cache is None and not offloaded and self.tiers.memory.is_long(held)  # in huge pages
+        n_tokens = self.tiers.capacity if whole else min(tokens, self.tiers.capacity)
+        wanted = n_tokens * hot_bytes_per_token(self.tiers.shape, policy, self.engine.model.facts, offloaded=offloaded)
+        await self._push_out(max(0, wanted - self._bytes_held(live)))
+        live.reserved, live.backing = wanted, backing
 
     async def set_aside(self, needed: int) -> None:
         """Make room for `needed` bytes beside the sessions', counted in `aside_bytes` until that is lowered again.
@@ -312,6 +322,9 @@ class Desk:
             if record.seal and self.settings.seal and live.cache:
                 await self._seal(live)
             await self.persist(live, gently=True)
+            await self._rest(live)
+            policy, _ = registry.stored(record.policy).settle_on(self.situation(live, len(live.ids)))
+            await self._place(live, policy)
         except DiskFull as error:
             live.unsaved = True  # the keeper tries again when there is space
             log.warning("KV waits for disk space", session=live.session_id, error=error.message)
@@ -357,9 +370,35 @@ class Desk:
         start, borrowed, arrays = await asyncio.wrap_future(self.engine.call(snapshot))
         older = [r.revision_id for r in live.chain[:-1] if r.session_id == live.session_id][-8:]
         written += await self._save(live, self.tiers.persist_tail, live.tenant, head, start, arrays, older, borrowed)
+        cache.release_all()
         if live.head == head:
             live.persisted = start + (arrays[0][0].shape[1] if arrays else 0)
         return written
+
+    async def _rest(self, live: Live) -> None:
+        """Let what chooses in the session's layers catch up with its history, a layer at a time, between turns."""
+        cache, rope = live.cache, self.engine.model.rope
+        for layer in range(self.tiers.shape.n_layers):
+            if cache is None or cache.selection is None:
+                return
+            await self._between_turns()
+            rest = partial(cache.selection.rest, layer, cache.keys[layer], cache.values[layer], cache.length, rope)
+            await asyncio.wrap_future(self.engine.call(rest))
+            cache.release(layer)
+
+    async def _place(self, live: Live, policy: Policy) -> None:
+        """Move exact KV to the tier that the session's policy wants it in, if there is room."""
+        cache, wanted = live.cache, policy.offloads and self.settings.offload
+        if cache is None or cache.is_offloaded == wanted:
+            return
+        await self._between_turns()
+        if wanted:
+            backing = await self.in_pool(self.tiers.memory.open_file)
+        else:
+            await self._push_out(cache.length * self.tiers.shape.bytes_per_token)
+            backing = Backing(reserved_bytes(self.tiers.shape, self.tiers.capacity))
+        if backing is not None:
+            await self._save(live, cache.move, backing)
 
     async def _between_turns(self) -> None:
         """Wait until no turn runs; where there is always one, for a while."""
@@ -368,7 +407,7 @@ class Desk:
                 return
             await asyncio.sleep(0.05)
 
-    async def _save(self, live: Live, function: Callable[..., int], *args: Any) -> int:
+    async def _save(self, live: Live, function: Callable[..., T], *args: Any) -> T:
         """Run a pool's work on a session's cache. Cancelling the caller leaves it running; `unsettle` waits for it."""
         if live.saving:
             await asyncio.wait([live.saving])

@@ -25,10 +25,10 @@ class Engine:
 
     def __init__(self, model: Model, cell_tokens: int, threads: int, deliver: Callable[[list[Event]], None]) -> None:
         self.model = model
-        self._scheduler = Scheduler(model, cell_tokens)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._scheduler = Scheduler(model, cell_tokens, gives_way=lambda: not self._inbox.empty())
         self._threads = threads
         self._deliver = deliver
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property

@@ -6,10 +6,11 @@ import asyncio
 import threading
 import time
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sessiond.backing import Backing
 from sessiond.branch import Ids, read_branch
 from sessiond.cache import SessionCache
 from sessiond.lifecycle import Event, State, advance
@@ -33,15 +34,17 @@ class Live:
     editing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while its record is read, changed and written
     state: State = State.COLD
     cache: SessionCache | None = None
-    reserved: int = 0  # positions that a running turn may fill
+    reserved: int = 0  # bytes of memory that a running turn may fill
+    backing: Backing | None = None  # where its KV will lie once it is warm, if not in plain memory
     head: str = ""
     chain: list[RevisionRecord] = field(default_factory=list)
     ids: Ids = field(default_factory=lambda: np.zeros(0, np.uint32))
     persisted: int = 0
+    attention_mass: float | None = None  # that the last turn's choice held, where it was sampled
     unsaved: bool = False  # its KV could not be written for want of disk space
     turn: Turn | None = None
     settling: asyncio.Task[None] | None = None
-    saving: asyncio.Future[int] | None = None  # a pool's work on the cache; waited for, never abandoned
+    saving: asyncio.Future[Any] | None = None  # a pool's work on the cache; waited for, never abandoned
     stop_saving: threading.Event = field(default_factory=threading.Event)
     last_used: float = field(default_factory=time.monotonic)
 
@@ -59,6 +62,10 @@ class Live:
 
     def advance(self, event: Event) -> None:
         self.state = advance(self.state, event)
+
+    def give_room_back(self) -> None:
+        """What was set aside for a turn, or for warming, is not needed any more."""
+        self.reserved, self.backing = 0, None
 
     def drop_cache(self) -> int:
         """Leave memory; returns the bytes freed. The lease must be held and everything worth keeping persisted."""

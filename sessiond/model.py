@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,13 @@ class Model:
             self.step([Feed(cache, [0] * n_tokens, 0)], [n_tokens - 1])
 
     @torch.inference_mode()
-    def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
+    def step(
+        self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
+    ) -> Tensor:
         """Compute all feeds in one packed forward and write their KV into their caches (whose `length` stays).
 
-        Returns logits [len(logit_rows), V] in fp32 of the given rows of the packed sequence.
+        Returns logits [len(logit_rows), V] in fp32 of the given rows of the packed sequence. Raises
+        InterruptedStepError as soon as `gives_way` says so.
         """
         ids: list[int] = []
         positions: list[int] = []
@@ -168,7 +171,7 @@ class Model:
             past_key_values=PackedCache(self.shape.n_layers, spans),
             use_cache=True,
             logits_to_keep=torch.tensor(logit_rows, dtype=torch.long),
-            packed=attention.PackedStep(spans, self._scratch, self._rope),
+            packed=attention.PackedStep(spans, self._scratch, self._rope, gives_way),
         )
         logits: Tensor = output.logits[0]
         return logits.float()

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from sessiond.attention import InterruptedStepError
 from sessiond.cache import SessionCache
 from sessiond.model import Feed, Model
 from sessiond.policies.base import Policy
@@ -234,6 +235,7 @@ class Scheduler:
     decoding: list[TurnWork] = field(default_factory=list)
     sealing: deque[SealWork] = field(default_factory=deque)
     counters: Counters = field(default_factory=Counters)
+    gives_way: Callable[[], bool] | None = None  # whether a step that may wait is to be abandoned
 
     @property
     def idle(self) -> bool:
@@ -340,7 +342,9 @@ class Scheduler:
             return [CellSealed(work.owner, -1)]
         end = start + self.cell_tokens
         try:
-            self.model.step([Feed(cache, work.tokens[start:end], start)], [])
+            self.model.step([Feed(cache, work.tokens[start:end], start)], [], self.gives_way)
+        except InterruptedStepError:  # the cell is as provisional as before, and is computed again later
+            return []
         except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
             self.sealing.popleft()
             return [CellSealed(work.owner, -1, error)]

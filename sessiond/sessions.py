@@ -36,6 +36,7 @@ from sessiond.live import Live
 from sessiond.modelidentity import differing_fields
 from sessiond.newsession import begin_session, made_before
 from sessiond.paging import format_page_token, page_length, parse_page_token
+from sessiond.policies import registry
 from sessiond.restoring import Restoration
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed
@@ -293,10 +294,12 @@ class Sessions:
             report = None
             if live.cache is None:
                 try:
-                    await self.desk.make_room(live, len(live.ids), len(live.ids))
+                    held = len(live.ids)
+                    policy, _ = registry.stored(record.policy).settle_on(self.desk.situation(live, held))
+                    await self.desk.make_room(live, policy, held, held)
                     report = await self.desk.warm(live, share=record.seal)
                 finally:
-                    live.reserved = 0
+                    live.give_room_back()
             live.last_used = time.monotonic()
         return session_view(self.desk, record), report
 

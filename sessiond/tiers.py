@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sessiond.backing import Backing
 from sessiond.branch import Ids
 from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
@@ -37,7 +38,7 @@ class Tiers:
         self.cell_tokens = store.cell_tokens
         self.restorer = Restorer(store, shape, identity_id)
         self._workers, self._codecs = self.restorer.n_workers, self.restorer.pool
-        self.memory = CacheMemory(shape, capacity, self._codecs, self._workers)
+        self.memory = CacheMemory(shape, capacity, self._codecs, self._workers, store.root)
         # Forks share their head: two sessions may write its tail at once, and must not do so as one generation.
         self._writing_tail = [threading.Lock() for _ in range(16)]
 
@@ -53,11 +54,13 @@ class Tiers:
         *,
         donor: Donor | None = None,
         share: bool = True,
+        backing: Backing | None = None,
     ) -> tuple[SessionCache, Restoration]:
-        """A cache holding as much of `ids` as is to be found (Restorer.fill)."""
+        """A cache holding as much of `ids` as is to be found (Restorer.fill), in `backing` if one is given."""
         began = time.perf_counter()
-        cache = self.memory.take(len(ids))
+        cache = self.memory.take(len(ids), backing)
         report = self.restorer.fill(tenant, chain, ids, cache, donor=donor, share=share)
+        cache.release_all()
         report.milliseconds = (time.perf_counter() - began) * 1e3
         return cache, report
 

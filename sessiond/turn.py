@@ -129,7 +129,7 @@ class Turn:
         held = len(live.ids) + len(plan.prompt)
         if plan.kind != "append":  # may refuse the turn, which then has used up no request_id
             expected = min(plan.sampling.max_tokens or EXPECTED_TOKENS, EXPECTED_TOKENS)
-            await self.desk.make_room(live, held, held + expected)
+            await self.desk.make_room(live, plan.policy, held, held + expected)
         opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
         try:
             if plan.kind != "append":

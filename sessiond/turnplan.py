@@ -30,5 +30,10 @@ class TurnPlan:
     @property
     def policy(self) -> Policy:
         """As it was when the turn began: its own, or else the session's."""
-        name, knobs = self.request.params.get("policy") or (self.record.policy["name"], self.record.policy["knobs"])
-        return registry.parse(str(name), knobs)
+        own = self.request.params.get("policy")
+        return registry.parse(*own) if own else registry.stored(self.record.policy)
+
+    @property
+    def policy_why(self) -> str:
+        """Why it runs under that policy, if one was asked for that settles on others."""
+        return str(self.request.params.get("policy_why", ""))

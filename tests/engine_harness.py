@@ -317,8 +317,8 @@ class StepSpy:
         self.steps: list[list[Feed]] = []
         self.broken: list[SessionCache] = []
 
-    def __call__(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
+    def __call__(self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Any = None) -> Tensor:
         self.steps.append(list(feeds))
         if any(feed.cache is cache for feed in feeds for cache in self.broken):
             raise RuntimeError("the step broke")
-        return self._step(feeds, logit_rows)
+        return self._step(feeds, logit_rows, gives_way)

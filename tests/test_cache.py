@@ -188,7 +188,7 @@ def test_huge_pages_only_where_they_are_asked_for():
     cache = SessionCache(LARGE, CONTEXT)
     assert "nh" in vm_flags(cache)
     assert cache.nbytes == 0
-    cache.use_huge_pages()
+    cache.backing.use_huge_pages()
     assert {"hg"} <= vm_flags(cache)
     assert cache.nbytes == CONTEXT * LARGE.bytes_per_token
 

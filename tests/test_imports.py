@@ -63,6 +63,7 @@ LAYERS: list[list[str]] = [
     ["cachememory"],
     ["cache"],
     ["selection"],
+    ["backing"],
     ["verify", "pacing"],
     ["collector"],
     ["secondlook", "mending"],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from e2e_daemon import Daemons, Peer, peer_of, refused
+from google.protobuf.json_format import MessageToDict
 from grpc import StatusCode
 from small_policies import SMALL
 
-from sessiond.policies.registry import POLICIES
+from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
 from sessiond.v1 import admin_pb2
 from sessiond.v1 import sessions_pb2 as pb
@@ -90,6 +93,33 @@ async def test_a_bad_knob_is_refused_with_the_allowed_range(peer: Peer, knobs: d
     with refused("INVALID_CONFIG", StatusCode.INVALID_ARGUMENT):
         await peer.turn(session, "Hi", policy={"name": "window", **knobs})
     assert len(await peer.revisions(session)) == 1
+
+
+@pytest.mark.parametrize("name", ["layers", "prior"])
+async def test_policies_within_policies_cross_the_wire_both_ways(peer: Peer, name: str):
+    session = (await peer.create(system="Be brief.", policy=policy(name))).session_id
+    found = (await peer.get(session)).policy
+    assert parse(found.name, MessageToDict(found.knobs)) == parse(name, SMALL[name])
+    for text, options in ((TEXTS[0], {}), (TEXTS[1], {}), (TEXTS[3], {"policy": policy("viewed")})):
+        assert list((await peer.turn(session, text, max_tokens=N, **options)).finished.notices) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs", "knob", "allowed"),
+    [
+        ("viewed", {"of": "sieve"}, "of", "a policy"),
+        ("prior", {"of": {"share": 0.5}}, "of", "a policy"),
+        ("layers", {"rules": []}, "rules", "one or more"),
+        ("layers", {"rules": [{"layers": "0-5", "policy": {"name": "window"}}]}, "rules", "[0, 1]"),
+    ],
+    ids=["a name", "no name", "no rules", "no such layer"],
+)
+async def test_a_bad_part_is_refused_with_what_is_allowed(peer: Peer, name: str, knobs: Any, knob: str, allowed: str):
+    with refused("INVALID_CONFIG", StatusCode.INVALID_ARGUMENT) as caught:
+        await peer.create(system="x", policy={"name": name, **knobs})
+    assert caught.value.metadata["policy"] == name
+    assert caught.value.metadata["knob"] == knob
+    assert allowed in caught.value.metadata["range"]
 
 
 async def test_a_policy_that_raises_falls_back_to_full_and_says_so(peer: Peer, monkeypatch):

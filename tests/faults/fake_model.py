@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ import torch
 from e2e_model import CONTEXT, LETTERS, STOP
 from torch import Tensor
 
+from sessiond.attention import InterruptedStepError
 from sessiond.cache import SessionCache
 from sessiond.model import Feed
+from sessiond.policies.base import ModelFacts
 from sessiond.types import KVShape, Span
 
 SHAPE = KVShape(n_layers=2, n_kv_heads=1, head_dim=4, dtype="float32")
@@ -88,6 +90,8 @@ class FakeModel:
         self.vocab_size = VOCAB
         self.max_context = CONTEXT
         self.shape = SHAPE
+        self.facts = ModelFacts(SHAPE.n_layers, SHAPE.n_kv_heads, SHAPE.head_dim, tuple(range(SHAPE.n_layers)), CONTEXT)
+        self.rope = None
         self.eos_ids = (STOP,)
         self._left: int | None = None  # tokens that may still be sampled; None: any number
         self._let = threading.Condition()
@@ -107,8 +111,12 @@ class FakeModel:
     def warm_up(self, cell_tokens: int) -> None:
         """Nothing is cold."""
 
-    def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
+    def step(
+        self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
+    ) -> Tensor:
         """As Model.step: KV of all feeds into their caches, logits [len(logit_rows), V]."""
+        if gives_way is not None and gives_way():
+            raise InterruptedStepError
         with self._let:
             self._let.wait_for(lambda: not logit_rows or self._left is None or self._left > 0)
             if self._left is not None:

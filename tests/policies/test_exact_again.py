@@ -12,6 +12,7 @@ from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_t
 from kernel_marks import needs_avx512_bf16
 from small_policies import SMALL
 
+from sessiond.policies.base import Situation
 from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
 
@@ -39,7 +40,8 @@ def model(request):
 def converse(session: Session, turns: list[tuple[str, Mapping[str, Any]]]) -> None:
     for i, (name, knobs) in enumerate(turns):
         ids = random_ids(INPUTS[i % len(INPUTS)], i)
-        session.run(ids, ANSWER, policy=parse(name, knobs), turn_start=len(session.log))
+        policy, _ = parse(name, knobs).settle_on(Situation(len(session.log), 0.0))
+        session.run(ids, ANSWER, policy=policy, turn_start=len(session.log))
 
 
 def sealed_by_full(model, log: list[int]) -> list[str]:
@@ -168,7 +170,7 @@ def test_what_was_learned_from_queries_outlives_sealing(name):
     assert all(chosen is not None for chosen in chosen_in_a_step(session))
 
 
-@pytest.mark.parametrize("name", ["quest", "sieve"])
+@pytest.mark.parametrize("name", ["quest", "sieve", "shadowkv"])
 def test_copies_of_keys_are_made_again_when_those_are_sealed(name):
     """As if the policy had come only afterwards. The window's KV is far from the sealed one."""
     session = Session(make_pair("llama").ours)

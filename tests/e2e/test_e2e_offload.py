@@ -1,0 +1,97 @@
+"""Sessions whose policy reads little of their exact KV keep it in a file, and move when that changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from e2e_daemon import Daemons, Peer, patience, peer_of
+from small_policies import SMALL
+
+from sessiond.backing import files_supported
+from sessiond.cache import SessionCache
+from sessiond.server import Daemon
+from sessiond.storage import space
+
+pytestmark = pytest.mark.skipif(not files_supported(), reason="this system cannot set a file's space aside")
+
+N = 12
+TEXTS = ("word " * 70 + "one", "And two", "word " * 40 + "three")
+SIEVE: dict[str, Any] = {"name": "sieve", **SMALL["sieve"]}
+
+
+def cache_of(daemon: Daemon, session: str) -> SessionCache:
+    cache = daemon.desk.live("default", session).cache
+    assert cache is not None
+    return cache
+
+
+async def lies_in_a_file(daemon: Daemon, session: str, wanted: bool) -> None:
+    settling = daemon.desk.live("default", session).settling
+    assert settling is not None
+    async with patience(lambda: f"offloaded is {cache_of(daemon, session).is_offloaded}"):
+        await settling
+    assert cache_of(daemon, session).is_offloaded == wanted
+
+
+async def test_such_a_session_answers_as_one_in_memory_and_takes_less_of_it(daemons: Daemons):
+    answers, taken = [], []
+    for offload in (True, False):
+        daemon = await daemons.start(offload=offload, data_dir=daemons.settings["data_dir"] / str(offload))
+        async with peer_of(daemon.port) as peer:
+            session = (await peer.create(system="Be brief.", policy=SIEVE)).session_id
+            answers.append([(await peer.turn(session, text, max_tokens=N)).ids for text in TEXTS])
+            await peer.settled(session)
+            cache = cache_of(daemon, session)
+            assert cache.is_offloaded == offload
+            taken.append(cache.nbytes)
+            assert daemon.desk.hot_bytes == cache.nbytes
+    assert answers[0] == answers[1]
+    assert taken[0] < taken[1] * 0.8
+
+
+async def test_it_moves_when_the_sessions_policy_changes(peer: Peer, daemon: Daemon):
+    session = (await peer.create(system="Be brief.")).session_id
+    await peer.turn(session, TEXTS[0], max_tokens=N)
+    assert not cache_of(daemon, session).is_offloaded
+    found = await peer.get(session)
+    found.policy.name = "sieve"
+    await peer.update(found, "policy")
+    await peer.turn(session, TEXTS[1], max_tokens=N)
+    await lies_in_a_file(daemon, session, True)
+    await peer.turn(session, TEXTS[1], max_tokens=N, policy="full")  # one turn's own policy moves nothing
+    await peer.settled(session)
+    assert cache_of(daemon, session).is_offloaded
+    found = await peer.get(session)
+    found.policy.name = "full"
+    await peer.update(found, "policy")
+    await peer.turn(session, TEXTS[2], max_tokens=N)
+    await lies_in_a_file(daemon, session, False)
+    plain = (await peer.create(system="Be brief.")).session_id
+    await peer.turn(plain, TEXTS[0], max_tokens=N)
+    await peer.settled(session)
+
+
+async def test_without_disk_space_it_stays_in_memory(daemons: Daemons, monkeypatch: pytest.MonkeyPatch):
+    daemon = await daemons.start()
+    async with peer_of(daemon.port) as peer:
+        session = (await peer.create(system="Be brief.", policy=SIEVE)).session_id
+        real = space.is_short
+        monkeypatch.setattr("sessiond.cachememory.is_short", lambda folder, n: real(folder, n + (1 << 60)))
+        turn = await peer.turn(session, TEXTS[0], max_tokens=N)
+        assert turn.finished.usage.generated_tokens == N
+        assert not cache_of(daemon, session).is_offloaded
+
+
+async def test_it_survives_a_restart(daemons: Daemons):
+    daemon = await daemons.start()
+    async with peer_of(daemon.port) as peer:
+        session = (await peer.create(system="Be brief.", policy=SIEVE)).session_id
+        await peer.turn(session, TEXTS[0], max_tokens=N)
+        await peer.settled(session)
+    daemon = await daemons.restart(daemon)
+    async with peer_of(daemon.port) as peer:
+        turn = await peer.turn(session, TEXTS[1], max_tokens=N)
+        assert turn.restored.tokens_restored > 0
+        assert turn.restored.tokens_recomputed == 0
+        assert cache_of(daemon, session).is_offloaded
