@@ -15,8 +15,8 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("int8", {}),
     "int4": ("int4", {}),
     "kivi": ("kivi", {}),
-    "shadowkv": ("shadowkv", {"budget": "budget"}),
-    "shadowkv_no_outliers": ("shadowkv", {"budget": "budget", "outliers": 0}),
+    "shadowkv": ("shadowkv", {"budget": "budget", "outliers": "outliers", "local": "local"}),
+    "shadowkv_no_outliers": ("shadowkv", {"budget": "budget", "outliers": 0, "local": "local"}),
     "kvzip": ("kvzip", {"share": "share"}),
 }
 
@@ -39,7 +39,8 @@ def contenders(budget: int, share: float, facts: ModelFacts) -> dict[str, Policy
         "window": parse("window", {"sinks": 4, "recent": budget - 4}),
         "random": Random(budget),
     }
-    given = {"budget": budget, "share": share}
+    # ShadowKV's outliers and newest chunks of 8 are within the budget: at most half of a small one.
+    given = {"budget": budget, "share": share, "outliers": min(12, budget // 32), "local": min(4, budget // 32)}
     for name, (policy, knobs) in _OTHERS.items():
         if policy not in POLICIES:
             continue

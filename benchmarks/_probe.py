@@ -33,7 +33,7 @@ class Probe:
     errors: dict[int, list[Tensor]] = field(default_factory=dict)  # layer: [H] each, |o - o'| / |o|
     n_steps: int = 0
     kv_bytes: int = 0  # read of exact keys and values
-    form_bytes: int = 0  # read of what stood in for them
+    form_bytes: int = 0  # kept of what stood in for them, read at most
     scan_bytes: int = 0  # read of indexes
     _position: int = -1
 
@@ -68,11 +68,12 @@ class Probe:
         self.kv_bytes += exact * head_dim * keys.element_size()
         self.form_bytes += 0 if chosen is None else chosen.nbytes
         selector = selection._selectors[layer] if selection is not None else None
-        if selector is not None:
-            if type(selector).scan is Selector.scan:  # it does not tell: all of its index, at most
-                self.scan_bytes += selector.nbytes
-            elif (scan := selector.scan) is not None:
-                self.scan_bytes += scan.nbytes
+        if selector is None:
+            return
+        if type(selector).scan is Selector.scan:  # it does not tell: all of its index, but for forms, counted above
+            self.scan_bytes += 0 if any(form is not None for form in forms) else selector.nbytes
+        elif (scan := selector.scan) is not None:
+            self.scan_bytes += scan.nbytes
 
     def _look(
         self,

@@ -28,6 +28,8 @@ class Score:
     match: float
     choice: int | None
     right: bool | None
+    kls: tuple[float, ...] = ()  # position by position
+    top1: tuple[float, float] = (0.0, 0.0)  # positions where full history's first token is decided; agreed on of them
 
 
 def score(turn: Turn, logits: Tensor, reference: Tensor, conversation: int, number: int) -> Score:
@@ -36,17 +38,23 @@ def score(turn: Turn, logits: Tensor, reference: Tensor, conversation: int, numb
     gold = torch.tensor(turn.answer)
     hits = logits.argmax(-1) == gold
     choice = turn.choices[int(logits[0, turn.choices].argmax())] if turn.choices else None
+    kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
+    first, second = p.exp().topk(2, -1).values.unbind(-1)
+    decided = first - second >= 0.1
+    agreed = decided & (reference.argmax(-1) == logits.argmax(-1))
     return Score(
         conversation,
         number,
         turn.kind,
         turn.age,
         nll=float(-q.gather(1, gold[:, None]).mean()),
-        kl=float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean()),
+        kl=float(kl.mean()),
         exact=bool(hits.all()),
         match=float(hits.double().mean()),
         choice=choice,
         right=None if choice is None or turn.kind == "new" else choice == turn.answer[0],
+        kls=tuple(kl.tolist()),
+        top1=(float(decided.sum()), float(agreed.sum())),
     )
 
 
@@ -57,6 +65,7 @@ def summary(full: Sequence[Score], method: Sequence[Score]) -> dict[str, Any]:
         "n": len(pairs),
         "conversations": len({m.conversation for _, m in pairs}),
         "kl_mean": mean([m.kl for _, m in pairs]),
+        **_positions(method),
         "delta_nll": mean([m.nll - f.nll for f, m in pairs]),
         "delta_nll_95": _interval(pairs, lambda some: mean([m.nll - f.nll for f, m in some])),
         "exact": mean([float(m.exact) for _, m in pairs]),
@@ -70,6 +79,16 @@ def summary(full: Sequence[Score], method: Sequence[Score]) -> dict[str, Any]:
         told |= _choices(chosen)
     told["agrees"] = mean([float(f.choice == m.choice) for f, m in pairs if f.choice is not None])
     return told
+
+
+def _positions(scores: Sequence[Score]) -> dict[str, Any]:
+    """Over the positions of all answers; nothing where those are not known."""
+    kl = torch.tensor([x for one in scores for x in one.kls], dtype=torch.float64)
+    if not len(kl):
+        return {}
+    decided, agreed = (sum(part) for part in zip(*(one.top1 for one in scores), strict=True))
+    told = {f"kl_p{q}": float(kl.quantile(q / 100)) for q in (50, 95, 99)}
+    return {**told, "kl_max": float(kl.max()), "top1_decided": agreed / decided if decided else None}
 
 
 def _choices(pairs: list[tuple[Score, Score]]) -> dict[str, Any]:

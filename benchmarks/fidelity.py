@@ -8,6 +8,7 @@ last one stand at smaller depths, with the same budget; the figures proper are t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from _kvpress_rows import peer
 from _model import load_model
 from _probe import Probe
 from _replay import Contender, Distance, prefill
+from _scoring import score_history
 
 from sessiond import modelstore
 from sessiond.cache import SessionCache
@@ -62,8 +64,17 @@ def depths(context: int, turns: int) -> list[int]:
 class Replay:
     """One conversation at a time: a turn at each depth, of every policy, on KV that they share."""
 
-    def __init__(self, model: Model, policies: dict[str, Policy], context: int, turns: int, answer: int) -> None:
-        self._model, self._context, self._answer = model, context, answer
+    def __init__(
+        self,
+        model: Model,
+        encode: Callable[[str], list[int]],
+        policies: dict[str, Policy],
+        context: int,
+        turns: int,
+        answer: int,
+    ) -> None:
+        self._model, self._encode, self._answer = model, encode, answer
+        self._policies = list(policies.values())
         self._depths = depths(context, turns)
         self.full = Contender(Full())
         self.results = {name: Result(Contender(policy, Probe())) for name, policy in policies.items()}
@@ -76,6 +87,7 @@ class Replay:
                 one.selection = None
                 one.truncate(min(one.length, self._before(start)), 128)
                 prefill(self._model, one, ids[one.length : start], chunk)
+            score_history(self._model, cache, ids, self._policies, self._encode)
             self._turn(cache, other, ids, start)
         for result in self.results.values():
             result.contender.leave()
@@ -115,6 +127,10 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
+def kl_by_depth(found: dict[str, Any]) -> list[float]:
+    return [turn["kl_mean"] for turn in found["by_depth"]]
+
+
 def summary(told: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The figures that have names of their own, as far as their policies were measured."""
     kl = {name: found["kl_mean"] for name, found in told.items()}
@@ -151,15 +167,16 @@ def main() -> None:
     texts = conversations(
         tokenizer, options.data, options.conversations, options.context + options.answer, options.seed
     )
-    replay = Replay(model, chosen, options.context, options.turns, options.answer)
+    replay = Replay(model, tokenizer.encode, chosen, options.context, options.turns, options.answer)
     with torch.inference_mode():
         for number, ids in enumerate(texts):
             replay.conversation(ids)
             out.print(f"conversation {number + 1} of {len(texts)}")
     told = {name: result.told() for name, result in replay.results.items()}
     told["chunking"] = replay.floor.told()
+    floor = told["chunking"]
     for found in told.values():
-        found["grade"] = grade(found, told["chunking"], [turn["kl_mean"] for turn in found["by_depth"]])
+        found["grade"] = grade(found, floor, kl_by_depth(found), kl_by_depth(floor))
     if options.kvpress:
         asked = [{"ids": ids, "n_context": options.context, "prompt": PROMPT} for ids in texts]
         told |= peer(options.model, asked, budget)["policies"]

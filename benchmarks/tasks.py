@@ -22,6 +22,7 @@ from _own_history import live
 from _probe import Probe
 from _replay import CELL, Contender, prefill
 from _scores import Score, quotable, score, summary
+from _scoring import score_history
 from _tasks import TASKS
 
 from sessiond import modelstore
@@ -31,17 +32,8 @@ from sessiond.policies.full import Full
 from sessiond.policies.registry import parse
 
 DEFAULT_COUNTS = {"T1": 4, "T2": 2, "T3": 2, "T4": 1, "T5": 2, "T6": 2}
-COLUMNS = (
-    "n",
-    "right",
-    "retention",
-    "retention_again",
-    "reverse_flips",
-    "exact",
-    "token_match",
-    "delta_nll",
-    "kl_mean",
-)
+CHOICES = ("right", "retention", "retention_again", "reverse_flips")
+COLUMNS = ("n", *CHOICES, "exact", "token_match", "delta_nll", "kl_mean", "kl_p99", "top1_decided")
 MUST_FAIL = ("random", "window")
 FAILED = 0.9  # retention below which a method has failed
 out = console()
@@ -49,26 +41,35 @@ out = console()
 Scores = dict[str, list[Score]]
 
 
-def run(model: Model, conversation: Conversation, policies: dict[str, Policy], number: int, scores: Scores) -> None:
+def run(
+    model: Model, chat: Chat, conversation: Conversation, policies: dict[str, Policy], number: int, scores: Scores
+) -> None:
     """One conversation with gold history: a turn of each method, then the turn by full attention for what follows."""
     cache = model.new_cache()
     full = Contender(Full())
     living = {name: Contender(policy, Probe()) for name, policy in policies.items()}
+    ids: list[int] = []
     for index, turn in enumerate(conversation.turns):
         cache.selection = None
         prefill(model, cache, turn.filler)
+        ids += turn.filler
         start = cache.length
+        score_history(model, cache, ids, policies.values(), chat.ids, chat.reply)
         reference = full.turn(model, cache, start, turn.prompt, turn.answer)
         scores["full"].append(score(turn, reference, reference, number, index))
         for name, contender in living.items():
             logits = contender.turn(model, cache, start, turn.prompt, turn.answer)
             scores[name].append(score(turn, logits, reference, number, index))
         cache.truncate(start, CELL)
-        prefill(model, cache, [*turn.prompt, *turn.answer, *turn.closing])
+        exchange = [*turn.prompt, *turn.answer, *turn.closing]
+        prefill(model, cache, exchange)
+        ids += exchange
 
 
-def run_own(model: Model, conversation: Conversation, policies: dict[str, Policy], number: int, scores: Scores) -> None:
-    """The same, each method with a memory and answers of its own."""
+def run_own(
+    model: Model, chat: Chat, conversation: Conversation, policies: dict[str, Policy], number: int, scores: Scores
+) -> None:
+    """The same, each method with a memory and answers of its own. What wants scores has none: it attends to all."""
     references = live(model, conversation, Full())
     for name, policy in {"full": Full(), **policies}.items():
         found = references if name == "full" else live(model, conversation, policy)
@@ -84,7 +85,7 @@ def kvpress_rows(model: str, made: list[Conversation], budget: int) -> dict[str,
 
 def table(task: str, told: dict[str, dict[str, Any]], accuracy: bool) -> str:
     """Without shares of right answers where full history has too few of them."""
-    columns = [c for c in COLUMNS if accuracy or c not in ("right", "retention", "retention_again", "reverse_flips")]
+    columns = [c for c in COLUMNS if accuracy or c not in CHOICES]
     columns = [c for c in columns if any(found.get(c) is not None for found in told.values())]
     rows = [f"| {task} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     rows += [f"| {name} | " + " | ".join(_cell(found.get(c)) for c in columns) + " |" for name, found in told.items()]
@@ -144,7 +145,7 @@ def main() -> None:
         with torch.inference_mode():
             for number in range(n):
                 made.append(conversation := TASKS[task](chat))
-                run_one(model, conversation, policies, number, scores)
+                run_one(model, chat, conversation, policies, number, scores)
                 out.print(f"{task}: conversation {number + 1} of {n}, {conversation.n_tokens} tokens")
         told[task] = {name: summary(scores["full"], some) for name, some in scores.items()}
         if options.kvpress:

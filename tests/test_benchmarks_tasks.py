@@ -209,6 +209,11 @@ def test_a_grade_needs_all_its_conditions(load: Any, found: dict[str, Any], turn
     assert load("_grades").grade(found, figures(0.0015, 0.006), turns) == word
 
 
+def test_the_floor_itself_is_lossless_in_its_worst_turn_too(load: Any) -> None:
+    floor, turns = figures(0.0015, 0.006), [0.001, 0.004]
+    assert load("_grades").grade(floor, floor, turns, turns) == "lossless"
+
+
 def test_mass_kept_is_that_of_chosen_positions_and_the_turns_own(load: Any) -> None:
     weights = torch.tensor([[[0.1, 0.2, 0.3, 0.15, 0.25]], [[0.5, 0.1, 0.1, 0.1, 0.2]]])
     chosen = Taken(torch.tensor([[0, 2], [1, -1]]), None, None, "exact", 0)
@@ -240,6 +245,7 @@ def test_a_score_tells_choice_and_exact_match_apart(load: Any) -> None:
     assert (same.right, same.exact, same.kl) == (True, True, 0.0)
     assert found.nll > same.nll
     assert found.kl > 0
+    assert (found.top1, same.top1) == ((2.0, 1.0), (2.0, 2.0))
 
 
 def test_names_never_seen_have_no_right_answer(load: Any) -> None:
