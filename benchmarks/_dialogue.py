@@ -12,8 +12,10 @@ SYSTEM = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class Turn:
-    """`filler` stands before the turn, for all methods the same; `prompt` ends where the answer begins.
+    """`filler` stands before the turn, for all methods the same; `prompt` ends where the reply begins.
 
+    `stem`: how the reply begins, decoded token by token: many policies let a prompt attend to all of history, and what
+    follows it at once would tell nothing of their choice. Then the gold `answer`.
     `choices`: first tokens of the candidates, the gold one's among them. `age`: turns since the answer was told.
     """
 
@@ -24,6 +26,17 @@ class Turn:
     kind: str
     age: int = 0
     choices: list[int] = field(default_factory=list)
+    stem: list[int] = field(default_factory=list)
+
+    @property
+    def reply(self) -> list[int]:
+        """What is decoded: the stem and the answer."""
+        return [*self.stem, *self.answer]
+
+    @property
+    def exchange(self) -> list[int]:
+        """All tokens that the turn adds."""
+        return [*self.prompt, *self.reply, *self.closing]
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Conversation:
 
     @property
     def n_tokens(self) -> int:
-        return sum(len(t.filler) + len(t.prompt) + len(t.answer) + len(t.closing) for t in self.turns)
+        return sum(len(turn.filler) + len(turn.exchange) for turn in self.turns)
 
 
 class Chat:
@@ -72,11 +85,10 @@ class Chat:
         user, reply = self.draw.choice(self._exchanges)
         return cut(user, n_user), cut(reply, n_reply)
 
-    def ask(self, question: str, stem: str, values: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-        """Ids of the question with the reply begun by `stem`, and of each of `values` as its continuation.
+    def ask(self, question: str, stem: str, values: Sequence[str]) -> tuple[list[int], list[int], list[list[int]]]:
+        """Ids of the question, of the beginning of its reply, and of each of `values` as the continuation.
 
-        What all continuations, two at least, begin with belongs to the prompt. Raises ValueError if then two begin
-        alike.
+        What all continuations, two at least, begin with belongs to the stem. Raises ValueError if then two begin alike.
         """
         if len(values) < 2:
             raise ValueError("a choice needs two candidates")
@@ -87,7 +99,7 @@ class Chat:
         answers = [ids[n:] for ids in whole]
         if len({ids[0] for ids in answers}) != len(values):
             raise ValueError(f"the tokenizer begins two of {', '.join(values)} alike")
-        return prompt + whole[0][:n], answers
+        return prompt, whole[0][:n], answers
 
 
 def cut(text: str, n: int) -> str:

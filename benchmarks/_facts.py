@@ -72,9 +72,9 @@ def facts(chat: Chat, n: int) -> list[Fact]:
 def asked(chat: Chat, filler: list[int], fact: Fact, told: list[Fact], kind: str, age: int) -> Turn:
     """A turn that asks for a fact; the choices are the numbers of all that were `told`."""
     values = [fact.number, *(other.number for other in told if other != fact)]
-    prompt, answers = chat.ask(f"What is the registry number of the {fact.name}?", fact.stem, values)
+    prompt, stem, answers = chat.ask(f"What is the registry number of the {fact.name}?", fact.stem, values)
     closing = chat.ids("." + chat.next)
-    return Turn(filler, prompt, answers[0], closing, kind, age, [ids[0] for ids in answers])
+    return Turn(filler, prompt, answers[0], closing, kind, age, [ids[0] for ids in answers], stem)
 
 
 def document(chat: Chat, told: list[Fact], n_sentences: int = 4) -> str:

@@ -29,8 +29,8 @@ def questions(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
     for conversation in conversations:
         ids: list[int] = []
         for turn in conversation.turns:
-            ids += turn.filler + turn.prompt
-            text = {"ids": [*ids, *turn.answer], "n_context": len(ids), "prompt": len(turn.prompt)}
+            ids += turn.filler + turn.prompt + turn.stem
+            text = {"ids": [*ids, *turn.answer], "n_context": len(ids), "prompt": len(turn.prompt) + len(turn.stem)}
             found.append({**text, "choices": turn.choices})
             ids += turn.answer + turn.closing
     return found

@@ -26,7 +26,7 @@ def live(model: Model, conversation: Conversation, policy: Policy) -> list[Tenso
 
 
 def _turn(model: Model, cache: SessionCache, turn: Turn) -> Tensor:
-    logits = answered(model, cache, turn.prompt, turn.answer)
+    logits = answered(model, cache, turn.prompt, turn.reply)[len(turn.stem) :]
     told = cache.length - (len(turn.answer) - 1)
     token = int(logits[0].argmax())
     if logits.argmax(-1).tolist() != turn.answer:

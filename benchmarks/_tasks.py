@@ -50,9 +50,10 @@ def copy_back(chat: Chat, n_turns: int = 6, n_cue: int = 6, n_answer: int = 12) 
         words = said[back].split(" ")
         start = chat.draw.randrange(max(1, len(words) - n_cue - n_answer))
         cue, rest = " ".join(words[start : start + n_cue]), " ".join(words[start + n_cue :])
-        prompt = chat.ids(f'Repeat the passage from above that begins with "{cue}".' + chat.reply + cue)
+        prompt = chat.ids(f'Repeat the passage from above that begins with "{cue}".' + chat.reply)
         answer = chat.ids(" " + rest)[:n_answer]
-        turns.append(Turn(chat.ids(filler), prompt, answer, chat.ids(chat.next), "copy", number - back))
+        closing = chat.ids(chat.next)
+        turns.append(Turn(chat.ids(filler), prompt, answer, closing, "copy", number - back, stem=chat.ids(cue)))
         filler = ""
     return Conversation("T2", [turn for turn in turns if turn.answer])
 
@@ -71,10 +72,10 @@ def overwrite(chat: Chat, n_facts: int = 4) -> Conversation:
         ages = n_facts, n_facts + number
         for fact, other, when, age in ((new, old, "now", ages[0]), (old, new, "before the correction", ages[1])):
             question = f"What is the registry number of the {fact.name} {when}?"
-            stem = f"The registry number of the {fact.name} {'is now' if when == 'now' else 'was first'} "
-            prompt, answers = chat.ask(question, stem, [fact.number, other.number])
+            begun = f"The registry number of the {fact.name} {'is now' if when == 'now' else 'was first'} "
+            prompt, stem, answers = chat.ask(question, begun, [fact.number, other.number])
             kind, closing = "current" if when == "now" else "old", chat.ids("." + chat.next)
-            turns.append(Turn(before, prompt, answers[0], closing, kind, age, [ids[0] for ids in answers]))
+            turns.append(Turn(before, prompt, answers[0], closing, kind, age, [ids[0] for ids in answers], stem))
             before = chat.ids(plain(chat))
     return Conversation("T3", turns)
 
@@ -90,10 +91,12 @@ def many_shot(chat: Chat, n_shots: int = 80, n_turns: int = 8) -> Conversation:
     turns = []
     for number, name in enumerate(asks):
         values = [labels[name], *(label for label in LABELS if label != labels[name])]
-        prompt, answers = chat.ask(f"Which side does the {name} belong to?", f"{name} ->", [f" {v}" for v in values])
+        prompt, stem, answers = chat.ask(
+            f"Which side does the {name} belong to?", f"{name} ->", [f" {v}" for v in values]
+        )
         kind = "seen" if name in names[:n_shots] else "new"
         choices = [ids[0] for ids in answers]
-        turns.append(Turn(chat.ids(filler), prompt, answers[0], chat.ids(chat.next), kind, number, choices))
+        turns.append(Turn(chat.ids(filler), prompt, answers[0], chat.ids(chat.next), kind, number, choices, stem))
         filler = plain(chat)
     return Conversation("T4", turns)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true", help="tell each answer's scores too")
     options = parser.parse_args()
     disable_progress_bar()
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         options.path, dtype="auto", local_files_only=True, attn_implementation="sdpa"
     )

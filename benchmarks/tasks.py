@@ -55,15 +55,14 @@ def run(
         ids += turn.filler
         start = cache.length
         score_history(model, cache, ids, policies.values(), chat.ids, chat.reply)
-        reference = full.turn(model, cache, start, turn.prompt, turn.answer)
+        reference = full.turn(model, cache, start, turn.prompt, turn.reply)[len(turn.stem) :]
         scores["full"].append(score(turn, reference, reference, number, index))
         for name, contender in living.items():
-            logits = contender.turn(model, cache, start, turn.prompt, turn.answer)
-            scores[name].append(score(turn, logits, reference, number, index))
+            logits = contender.turn(model, cache, start, turn.prompt, turn.reply)
+            scores[name].append(score(turn, logits[len(turn.stem) :], reference, number, index))
         cache.truncate(start, CELL)
-        exchange = [*turn.prompt, *turn.answer, *turn.closing]
-        prefill(model, cache, exchange)
-        ids += exchange
+        prefill(model, cache, turn.exchange)
+        ids += turn.exchange
 
 
 def run_own(

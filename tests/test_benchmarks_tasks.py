@@ -63,7 +63,7 @@ def texts(conversation: Any) -> list[tuple[str, str]]:
     ids: list[int] = []
     found = []
     for turn in conversation.turns:
-        ids += turn.filler + turn.prompt
+        ids += turn.filler + turn.prompt + turn.stem
         found.append((Letters().decode(ids), Letters().decode(turn.answer)))
         ids += turn.answer + turn.closing
     return found
@@ -82,6 +82,12 @@ def test_the_answer_is_one_of_the_choices(load: Any, tasks: ModuleType, name: st
         assert turn.answer
         assert not turn.choices or turn.choices[0] == turn.answer[0]
         assert len(set(turn.choices)) == len(turn.choices)
+
+
+@pytest.mark.parametrize("name", ["T1", "T2", "T3", "T4", "T6"])
+def test_an_answer_is_decoded_after_steps_that_a_policy_chose_for(load: Any, tasks: ModuleType, name: str) -> None:
+    """A prompt may attend to all of history, and with it the first token that follows."""
+    assert all(turn.stem for turn in tasks.TASKS[name](a_chat(load)).turns)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -150,9 +156,10 @@ def test_candidates_that_begin_alike_are_refused(load: Any) -> None:
         a_chat(load).ask("which?", "it is ", ["17"])
 
 
-def test_what_all_candidates_share_belongs_to_the_prompt(load: Any) -> None:
-    prompt, answers = a_chat(load).ask("which?", "it is", [" 17", " 25"])
-    assert Letters().decode(prompt).endswith("it is ")
+def test_what_all_candidates_share_belongs_to_the_stem(load: Any) -> None:
+    prompt, stem, answers = a_chat(load).ask("which?", "it is", [" 17", " 25"])
+    assert Letters().decode(prompt) == "which?</><a>"
+    assert Letters().decode(stem) == "it is "
     assert [Letters().decode(ids) for ids in answers] == ["17", "25"]
 
 
