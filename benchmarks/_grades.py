@@ -14,10 +14,10 @@ def grade(
     """Of the figures `Distance.told` gives; `floor`: the same of full attention against itself, computed in other
     pieces; `turns`, `floor_turns`: mean KL of each turn, of which the worst counts.
 
-    Top-1 is that of decided positions: a small model's ties flip by rounding alone.
+    Top-1 is that of decided positions: a small model's ties flip by rounding alone. Without any it says nothing.
     """
     worst = max([found["kl_mean"], *turns])
-    agreed = found["top1"] if found["top1_decided"] is None else found["top1_decided"]
+    agreed = 1.0 if found["top1_decided"] is None else found["top1_decided"]
     worst_floor = max([floor["kl_mean"], *floor_turns])
     if worst <= 2 * worst_floor and found["kl_p99"] <= 2 * floor["kl_p99"] and agreed >= 0.99:
         return LOSSLESS

@@ -209,7 +209,7 @@ def figures(kl: float, p99: float, decided: float | None = 1.0) -> dict[str, flo
         (figures(0.03, 9.0, 0.97), [], "good"),
         (figures(0.03, 9.0, 0.97), [0.031], "lossy"),
         (figures(0.002, 0.01, 0.96), [], "lossy"),
-        (figures(0.002, 0.01, None), [], "lossy"),
+        (figures(0.002, 0.01, None), [], "lossless"),
     ],
 )
 def test_a_grade_needs_all_its_conditions(load: Any, found: dict[str, Any], turns: list[float], word: str) -> None:
