@@ -50,7 +50,7 @@ class Contender:
     probe: Probe = field(default_factory=Probe)
     selection: Selection | None = None
     index_bytes: list[float] = field(default_factory=list)  # per token, at the end of each turn
-    hot: list[float] = field(default_factory=list)  # share of bf16 KV's bytes, at the end of each turn
+    hot: list[float] = field(default_factory=list)  # share of bf16 KV's bytes, offloaded if the policy allows it
     seconds: float = 0.0
 
     def leave(self) -> None:
@@ -73,7 +73,8 @@ class Contender:
         self.selection, cache.selection = cache.selection, None
         if self.selection is not None:
             self.index_bytes.append(self.selection.nbytes / cache.length)
-            self.hot.append(hot_bytes(cache, self.selection) / (cache.length * cache.shape.bytes_per_token))
+            exact = cache.length * cache.shape.bytes_per_token
+            self.hot.append(hot_bytes(cache, self.selection, offloaded=self.policy.offloads) / exact)
             self.selection.renew(history)
         return logits
 
@@ -95,14 +96,15 @@ def between_turns(model: Model, cache: SessionCache) -> None:
         cache.selection.rest(layer, cache.keys[layer], cache.values[layer], cache.length, model.rope)
 
 
-def hot_bytes(cache: SessionCache, selection: Selection) -> int:
+def hot_bytes(cache: SessionCache, selection: Selection, *, offloaded: bool) -> int:
     """Bytes that a session takes of the memory the model computes in: indexes, and the exact KV that is resident."""
-    return selection.nbytes + resident_bytes(cache)
+    return selection.nbytes + resident_bytes(cache, offloaded=offloaded)
 
 
-def resident_bytes(cache: SessionCache) -> int:
-    """Of exact keys and values: all of them, as long as the cache holds all in one tier."""
-    return cache.length * cache.shape.bytes_per_token
+def resident_bytes(cache: SessionCache, *, offloaded: bool) -> int:
+    """Of exact keys and values: all, or one layer's at a time where they lie one tier down (SessionCache.nbytes)."""
+    exact = cache.length * cache.shape.bytes_per_token
+    return exact // cache.shape.n_layers if offloaded else exact
 
 
 @dataclass

@@ -27,6 +27,11 @@ class Pages:
         """Bytes of memory held, room to grow included."""
         return 0 if self._bounds is None else self._bounds.nbytes
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the bounds of all pages: what scores read."""
+        return sum(bounds.nbytes for bounds in self.bounds()) if self.n_pages else 0
+
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest values, each [G, P, D]. There must be a page."""
         assert self._bounds is not None

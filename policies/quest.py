@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import whole
 from sessiond.policies.pages import Pages
@@ -49,6 +49,11 @@ class QuestSelector(Selector):
 
     def keep(self, n: int) -> None:
         self._pages.keep(n)
+
+    @property
+    def scan(self) -> Scan | None:
+        pages = self._pages
+        return Scan("page bounds", pages.length, pages.read_bytes) if pages.n_pages > self._n_chosen else None
 
     def step(self, view: LayerView) -> Tensor | None:
         self._pages.cover(view.keys, view.turn_start)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, Policy, Scan, Selector
 from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
 from sessiond.policies.observing import Observed
@@ -86,6 +86,10 @@ class RocketKVSelector(Selector):
     def nbytes(self) -> int:
         return self._observed.nbytes + (self._turn.nbytes if self._turn else 0)
 
+    @property
+    def scan(self) -> Scan | None:
+        return self._turn.scan if self._turn else None
+
     def keep(self, n: int) -> None:
         self._observed.keep(n)
         if self._prompt is not None and n < self._prompt.stop:
@@ -142,12 +146,21 @@ class TurnSet:
     def __init__(self, positions: Tensor, view: LayerView, split: Split) -> None:
         self._positions = positions
         self._turn_start = view.turn_start
+        self._head_dim = view.keys.shape[-1]
         self._split = split
         self._pages = Pages(split.page)
 
     @property
     def nbytes(self) -> int:
         return self._positions.nbytes + self._pages.nbytes
+
+    @property
+    def scan(self) -> Scan | None:
+        """Stage 2 looks at some channels of the bounds; the turn set may be small enough to need none."""
+        pages, head_dim = self._pages, self._head_dim
+        if not pages.length:
+            return None
+        return Scan("page bounds", pages.length, pages.read_bytes * self._split.channels // head_dim)
 
     def keep(self, n: int) -> None:
         """Forget the turn's own keys from `n` on."""

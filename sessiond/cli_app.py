@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sessiond import cli_archive, cli_chat, cli_doctor, cli_model, cli_serve, cli_sessions, cli_store
+from sessiond import cli_archive, cli_chat, cli_doctor, cli_explain, cli_model, cli_serve, cli_sessions, cli_store
 from sessiond.cli_output import out
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ cli_sessions.app.command()(cli_archive.export)
 cli_sessions.app.command("import")(cli_archive.import_)
 app.add_typer(cli_sessions.app, name="sessions")
 app.add_typer(cli_model.app, name="model")
-app.command()(cli_store.explain)
+app.command()(cli_explain.explain)
 app.command()(cli_store.verify)
 app.command()(cli_store.compact)
 app.command()(cli_doctor.doctor)

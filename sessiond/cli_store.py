@@ -1,11 +1,10 @@
-"""`sessiond explain`, `verify`, `compact`: what turns read, and the care of the store."""
+"""`sessiond verify` and `compact`: the care of the store."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from sessiond.cli_output import (
     AsJson,
@@ -18,26 +17,8 @@ from sessiond.cli_output import (
     printable,
     progress_bar,
 )
-from sessiond.cli_sessions import Revision, SessionId
 from sessiond.clients import Client
-from sessiond.v1 import admin_pb2, sessions_pb2
-
-
-@connected
-def explain(
-    client: Client,
-    session_id: SessionId,
-    revision: Revision = "",
-    last: Annotated[int, typer.Option(min=1, help="How many of the last turns.")] = 1,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a session's last turns read, and what had to be computed again."""
-    turns = client.session(session_id).explain(revision, last_turns=last)
-    if as_json:
-        print_json([plain(turn) for turn in turns])
-        return
-    for turn in turns:
-        _print_turn(turn)
+from sessiond.v1 import admin_pb2
 
 
 @connected
@@ -103,35 +84,3 @@ def _print_finding(finding: admin_pb2.Finding, as_json: bool) -> None:
     severity = enum_name(finding, "severity", "SEVERITY_") + (", repaired" if finding.repaired else "")
     where = " ".join(part for part in (finding.session_id, finding.key) if part)
     out.print(printable(f"{severity}: {finding.kind}: {finding.message} ({where})"), markup=False)
-
-
-def _print_turn(turn: sessions_pb2.TurnExplanation) -> None:
-    name = turn.revision_id or turn.request_id
-    out.print(printable(f"{name}: {turn.context_tokens:,} tokens of context, {turn.steps:,} steps"), markup=False)
-    phases = ", ".join(f"{phase} {ms:.1f} ms" for phase, ms in sorted(turn.milliseconds_by_phase.items()))
-    if phases:
-        out.print(f"  {printable(phases)}", markup=False)
-    if turn.HasField("restored"):
-        done = turn.restored
-        out.print(
-            f"  restored {done.tokens_restored:,} tokens, computed {done.tokens_recomputed:,} again, "
-            f"{done.bytes_read:,} bytes in {done.milliseconds:.1f} ms",
-            markup=False,
-        )
-    if turn.reads:
-        table = Table(box=None, padding=(0, 2), header_style="bold")
-        for column in ("layer", "heads", "attended", "of", "views"):
-            table.add_column(column, justify="left" if column == "views" else "right")
-        for read in turn.reads:
-            views = ", ".join(f"{view.view} {view.tokens:,}" for view in read.views)
-            heads = f"{read.head_start}-{read.head_start + max(read.n_heads, 1) - 1}"
-            table.add_row(
-                str(read.layer),
-                heads,
-                f"{read.tokens_attended:,}",
-                f"{read.tokens_available:,}",
-                printable(views),
-            )
-        out.print(table)
-    for note in turn.notes:
-        out.print(f"  {printable(note)}", markup=False)

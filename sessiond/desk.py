@@ -19,6 +19,7 @@ from sessiond.cache import SessionCache, hot_bytes_per_token, reserved_bytes
 from sessiond.config import Settings
 from sessiond.engine import Engine
 from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
+from sessiond.explanations import Explanations
 from sessiond.handover import Handover
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
@@ -81,6 +82,7 @@ class Desk:
         self.reused_tokens = 0
         self.aside_bytes = 0  # of memory that no session holds: an audit's
         self.scrub = Scrub(store)
+        self.explanations = Explanations()
         self._loop = asyncio.get_running_loop()
         self.handover = Handover(self._loop)
         self._sealed: dict[str, asyncio.Future[None]] = {}

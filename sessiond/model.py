@@ -95,6 +95,11 @@ class Model:
             self.max_context,
         )
 
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that a layer sees which does not see all of history; None: there is no such layer."""
+        return None if len(self.facts.attending) == self.shape.n_layers else int(self.config.sliding_window)
+
     def _all_alike(self) -> list[str]:
         """Kinds of the layers of a config that does not list them."""
         window = getattr(self.config, "sliding_window", None)

@@ -22,6 +22,7 @@ from sessiond.cache import SessionCache
 from sessiond.model import Feed, Model
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
+from sessiond.reading import Reading
 from sessiond.sampling import Sampled, Sampler
 from sessiond.textstream import StopHit, TextStream
 from sessiond.types import FinishReason
@@ -104,7 +105,7 @@ class TurnWork:
     interrupted; they are fed one at a time, as when they were sampled, so that sampling goes on as if nothing happened.
     `known`: positions of the history whose KV had been computed before; computing them again is counted.
     `policy` decides which positions before `turn_start` its tokens attend to. What it computes then is provisional,
-    unless prompts attend to everything.
+    unless prompts attend to everything. `reading` is told what its steps read.
     """
 
     def __init__(
@@ -124,8 +125,10 @@ class TurnWork:
         stream: TextStream,
         policy: Policy = FULL,
         turn_start: int = 0,
+        reading: Reading | None = None,
     ) -> None:
         self.turn_id = turn_id
+        self.reading = reading
         self.cache = cache
         self.tokens = tokens
         self.known = known
@@ -161,6 +164,10 @@ class TurnWork:
         if logged and before is not None and before.policy == policy and before.turn_start == turn_start - 1 <= have:
             own = before.turn_start
         cache.use(policy, own, again=bool(logged))
+        if self.reading is not None:
+            self.reading.begin(own)
+        if cache.selection is not None:
+            cache.selection.reading = self.reading
         canonical = max(cache.sealed, cache.borrowed)
         if policy.dense_prompt or own == 0:  # without a history there is nothing to choose
             self.pieces = deque(plan_prefill(canonical, have, n_prompt, cell_tokens, seal))
@@ -173,7 +180,17 @@ class TurnWork:
         """How many of the positions [start, end) had been computed before this work began."""
         return max(0, min(end, self.computed_before) - start)
 
+    def before_piece(self, piece: Piece) -> None:
+        if self.reading is not None:
+            self.reading.piece(piece.start, piece.end)
+
+    def before_token(self) -> None:
+        if self.reading is not None:
+            self.reading.token(self.cache.length)
+
     def after_piece(self, piece: Piece) -> None:
+        if self.reading is not None:
+            self.reading.piece_done()
         self.cache.length = piece.end
         if piece.canonical and piece.start == self.cache.sealed:
             self.cache.sealed = piece.end
@@ -290,6 +307,7 @@ class Scheduler:
         last = not work.pieces
         wants_token = last and not work.pending
         feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start, work.cache.selection)
+        work.before_piece(piece)
         logits = self.model.step([feed], [piece.end - piece.start - 1] if wants_token else [])
         work.after_piece(piece)
         self.counters.prefilled += piece.end - piece.start
@@ -307,6 +325,8 @@ class Scheduler:
         return events
 
     def _decode(self, works: list[TurnWork]) -> list[Event]:
+        for work in works:
+            work.before_token()
         feeds = [
             Feed(work.cache, [work.pending.popleft()], work.cache.length, work.cache.selection, decoding=True)
             for work in works

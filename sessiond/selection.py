@@ -7,12 +7,19 @@ A selector that raises is not asked again in that turn: attention is then full, 
 
 from __future__ import annotations
 
+import copy
+import time
+from typing import TYPE_CHECKING
+
 import structlog
 from torch import Tensor
 
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import LayerView, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
+
+if TYPE_CHECKING:
+    from sessiond.reading import Reading
 
 log = structlog.get_logger()
 
@@ -25,6 +32,7 @@ class Selection:
         self.turn_start = 0
         self.failure: Exception | None = None
         self.prior: Prior | None = None
+        self.reading: Reading | None = None  # is told what is chosen
         self._selectors: list[Selector | None] = [policy.selector(layer, n_layers) for layer in range(n_layers)]
 
     @property
@@ -49,6 +57,12 @@ class Selection:
             if selector is not None:
                 selector.renew(n)
 
+    def branch(self, n: int) -> Selection:
+        """What is known of the first `n` positions, for another session that shares them."""
+        other = copy.deepcopy(self)
+        other.keep(n)
+        return other
+
     def choose(
         self,
         layer: int,
@@ -72,19 +86,25 @@ class Selection:
         if position < self.turn_start and not self.policy.dense_prompt:
             return None
         view = LayerView(query, keys[:, :end], values[:, :end], position, self.turn_start, scaling, rope, self.prior)
+        began = time.perf_counter()
         try:
             answer = selector.step(view) if decoding else selector.prompt(view)
             chosen = Taken(answer, None, None, "exact", 0) if isinstance(answer, Tensor) else answer
-            if chosen is not None:
-                self._check(chosen, keys)
+            padded = chosen is not None and self._check(chosen, keys)
         except Exception as error:
             log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
             self.failure = error
             return None
+        if self.reading is not None:
+            self.reading.select_seconds += time.perf_counter() - began
+            if chosen is not None and (scan := selector.scan) is not None:
+                self.reading.scanned(layer, scan)
         if chosen is None or (self.policy.dense_prompt and not decoding):
             return None  # all of them; prompts under such a policy may be canonical
         if chosen.positions.shape[1] >= self.turn_start and chosen.keys is None and chosen.values is None:
             return None
+        if self.reading is not None:
+            self.reading.chose(layer, chosen, query, keys, end, scaling, decoding=decoding, padded=padded)
         return chosen
 
     def rest(self, layer: int, keys: Tensor, values: Tensor, length: int, rope: Rope | None) -> None:
@@ -95,13 +115,17 @@ class Selection:
         nothing = keys.new_empty(keys.shape[0], 0, keys.shape[2])
         selector.rest(LayerView(nothing, keys[:, :length], values[:, :length], length, length, 1.0, rope, self.prior))
 
-    def _check(self, chosen: Taken, keys: Tensor) -> None:
-        """An answer outside what was asked for would read other memory, or end the step of other sessions too."""
-        at, n_groups = chosen.positions, keys.shape[0]
+    def _check(self, chosen: Taken, keys: Tensor) -> bool:
+        """An answer outside what was asked for would read other memory, or end the step of other sessions too.
+
+        Returns whether there are -1 in it.
+        """
+        at, n_groups, least = chosen.positions, keys.shape[0], 0
         if at.ndim != 2 or at.shape[0] != n_groups or at.is_floating_point():
             raise ValueError(f"positions of shape {tuple(at.shape)} and type {at.dtype}")
-        if at.numel() and not -1 <= int(at.min()) <= int(at.max()) < self.turn_start:
+        if at.numel() and not -1 <= (least := int(at.min())) <= int(at.max()) < self.turn_start:
             raise ValueError(f"positions outside [0, {self.turn_start})")
         for form in (chosen.keys, chosen.values):
             if form is not None and (form.shape != (*at.shape, keys.shape[2]) or form.dtype != keys.dtype):
                 raise ValueError(f"{chosen.form} of shape {tuple(form.shape)} and type {form.dtype}")
+        return least < 0

@@ -10,11 +10,12 @@ from typing import Any, TypeVar, cast
 
 import grpc
 
-from sessiond import branching, portable, wirein, wireout
+from sessiond import branching, portable, wireexplain, wirein, wireout
 from sessiond.auth import Principals
 from sessiond.conversation import Conversations
 from sessiond.damage import described
-from sessiond.errors import BadRequest, NotImplementedYet, RecordCorrupt, SessiondError
+from sessiond.errors import BadRequest, RecordCorrupt, SessiondError
+from sessiond.explaining import explain
 from sessiond.exporting import Exports
 from sessiond.importing import Imports
 from sessiond.places import ArchivePlaces
@@ -190,8 +191,11 @@ class SessionsService(SessionsServicer):
         view = await branching.rollback(self.sessions, self.tenant(context), wirein.rollback(request))
         return wireout.session(view)
 
+    @names_damage
     async def ExplainTurn(self, request: pb.ExplainTurnRequest, context: Context) -> pb.ExplainTurnResponse:
-        raise NotImplementedYet("ExplainTurn is not served by this version")
+        record = self.sessions.record(self.tenant(context), request.session_id, deleted_too=True)
+        turns = explain(self.sessions.desk, record, request.revision_id, request.last_turns)
+        return wireexplain.response(turns)
 
     @names_damage
     async def ExportSession(

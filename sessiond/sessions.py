@@ -219,6 +219,8 @@ class Sessions:
             return batch
 
         record = await self.desk.edit(live, build)
+        if record.deleted_us is not None:
+            self.desk.explanations.forget(live.tenant, live.session_id)
         if record.deleted_us is not None and live.state is State.COLD:
             live.advance(Change.DELETE)
         return record
@@ -384,6 +386,7 @@ class Sessions:
         await self.desk.in_sql(self.desk.store.catalog.remove_session, tenant, session_id)
         freed: int = await self.desk.in_pool(erase_session, self.desk.store, tenant, session_id)
         self.desk.lives.pop((tenant, session_id), None)
+        self.desk.explanations.forget(tenant, session_id)
         store = self.desk.store
         store.lost = [key for key in store.lost if (key.tenant, key.session_id) != (tenant, session_id)]
         return freed

@@ -65,7 +65,8 @@ def relative(lives: Iterable[Live], live: Live) -> tuple[Donor, int] | None:
 def take_over(live: Live, donor: Donor, shared: int) -> int:
     """Copy provisional KV of shared revisions behind what this session holds; returns the positions gained.
 
-    Runs on the engine thread, between two steps: no step changes what is copied.
+    What the other's policy knows comes along, where this session's knows nothing yet. Runs on the engine thread,
+    between two steps: no step changes what is copied.
     """
     cache = live.cache
     assert cache is not None
@@ -77,4 +78,8 @@ def take_over(live: Live, donor: Donor, shared: int) -> int:
     if not donor.is_whole:
         return 0
     cache.length = span.end
+    if cache.selection is None and donor.cache.selection is not None:
+        cache.selection = donor.cache.selection.branch(span.end)
+    if cache.prior is None and donor.cache.prior is not None:
+        cache.prior = donor.cache.prior.before(span.end)
     return len(span)

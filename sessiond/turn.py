@@ -16,9 +16,13 @@ import numpy as np
 import structlog
 
 from sessiond.branch import computed_upto
+from sessiond.cache import SessionCache
 from sessiond.desk import Desk
 from sessiond.errors import ResourceExhausted, SessiondError, StoreReadOnly, Unavailable
+from sessiond.explaining import Clock, explanation
 from sessiond.live import Live
+from sessiond.reading import Reading, exact_tier
+from sessiond.readsummary import attention_mass
 from sessiond.restoring import Recompute, Restoration
 from sessiond.sampling import Sampler
 from sessiond.scheduler import Ended, TokenOut, TurnWork
@@ -43,7 +47,8 @@ class Turn:
         self.live = live
         self.plan = plan
         self.turn_id = plan.request.revision_id
-        self.began = time.perf_counter()
+        self.clock = Clock(time.perf_counter(), desk.now_us())
+        self.reading: Reading | None = None
         self.stream = TurnStream(self._attached, self._detached)
         self.generated: list[int] = list(plan.logged)
         self._first_token_at = 0.0
@@ -104,6 +109,7 @@ class Turn:
         try:
             await self._start()
             ended = await self._ended
+            self.clock.ended = self.clock.ended or time.perf_counter()
             await self._written()
             error = self._broken or ended.error
             if error is not None:
@@ -118,11 +124,14 @@ class Turn:
             self.desk.turns.pop(self.turn_id, None)
             self._attached()
             self.stream.wake()
+            self._remember()
 
     async def commit_aborted(self) -> None:
         """Make a suspended turn a revision as it stands, without the engine. The caller holds the lease."""
         self._accept(new=0, reused=len(self.live.ids) + len(self.plan.prompt))
         await self._finish(Ended(self.turn_id, FinishReason.ABORTED))
+        record, request = self.plan.record, self.plan.request
+        self.desk.explanations.committed(record.tenant, record.session_id, request.request_id, self.turn_id)
 
     async def _start(self) -> None:
         plan, live = self.plan, self.live
@@ -133,7 +142,9 @@ class Turn:
         opening = asyncio.create_task(self._open()) if plan.attachment == "started" else None
         try:
             if plan.kind != "append":
+                began = time.perf_counter()
                 await self._warm(held)
+                self.clock.restoring = time.perf_counter() - began
         finally:
             if opening is not None:
                 await opening
@@ -146,6 +157,8 @@ class Turn:
         tokens = [*live.ids.tolist(), *plan.prompt]
         sampler = Sampler(plan.sampling, self.desk.vocab_size, tokens)
         known = max(computed_upto(live.chain), live.cache.length)
+        model = self.desk.engine.model
+        self.reading = Reading(model.shape, model.facts.attending, model.sliding_window, exact_tier(live.cache))
         work = TurnWork(
             self.turn_id,
             live.cache,
@@ -161,6 +174,7 @@ class Turn:
             stream=self._text,
             policy=plan.policy,
             turn_start=len(live.ids),
+            reading=self.reading,
         )
         for token in work.replayed:
             self.stream.tokens.append(Tokens.of(token))
@@ -220,6 +234,7 @@ class Turn:
     def end(self, ended: Ended) -> None:
         """The engine is done with the turn."""
         if not self._ended.done():
+            self.clock.ended = time.perf_counter()
             self._ended.set_result(ended)
 
     def log_token(self, event: TokenOut) -> None:
@@ -316,18 +331,29 @@ class Turn:
             stop=stop,
             committed=len(self.live.ids) + len(self.plan.prompt) + len(generated),
             usage={"new": self.stream.accepted.new, "reused": self.stream.accepted.reused, "generated": len(generated)},
-            ttft_ms=(self._first_token_at - self.began) * 1e3 if self._first_token_at else 0.0,
+            ttft_ms=(self._first_token_at - self.clock.began) * 1e3 if self._first_token_at else 0.0,
             tokens_per_second=(count - 1) / decoding if count > 1 and decoding > 0 else 0.0,
             answer=answer,
-            memory={"device": cache.nbytes if cache else 0},
-            notices=self._notices(),
+            memory=_memory(cache) if cache else {},
+            notices=self.notices(),
         )
 
-    def _notices(self) -> tuple[str, ...]:
+    def notices(self) -> tuple[str, ...]:
+        """What a person should know of how it ran."""
         selection = self.live.cache.selection if self.live.cache else None
         if not self._submitted or selection is None or selection.failure is None:
             return ()
         return (f"policy {selection.policy.name!r} failed ({selection.failure}): from then on all tokens took part",)
+
+    def _remember(self) -> None:
+        """Keep what the turn read for who asks. Nothing is awaited: its clients have not yet heard that it is over."""
+        if self.live.cache and self.live.cache.selection:
+            self.live.cache.selection.reading = None
+        if self.stream.accepted:
+            record = self.plan.record
+            told = explanation(self)
+            self.live.attention_mass = attention_mass(told.reads)
+            self.desk.explanations.remember(record.tenant, record.session_id, told)
 
     async def _fail(self, error: SessiondError) -> None:
         """Tell the client and the log. The session keeps its head.
@@ -342,6 +368,12 @@ class Turn:
             except Exception as second:
                 log.exception("failed turn could not be closed in the log", turn=self.turn_id, error=str(second))
         self.stream.failure = error
+
+
+def _memory(cache: SessionCache) -> dict[str, int]:
+    """Bytes of a session's KV, and of what was derived from it, by tier."""
+    exact = cache.length * cache.shape.bytes_per_token
+    return {"device": cache.nbytes, "disk": exact} if cache.is_offloaded else {"device": cache.nbytes}
 
 
 def _as_ours(error: BaseException) -> SessiondError:

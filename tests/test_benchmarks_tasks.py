@@ -235,8 +235,9 @@ def test_the_worst_hundredth_is_a_mean_of_the_lowest(load: Any) -> None:
 
 
 def test_hot_bytes_are_index_and_resident_kv(load: Any) -> None:
-    cache = SimpleNamespace(length=10, shape=SimpleNamespace(bytes_per_token=100))
-    assert load("_replay").hot_bytes(cache, SimpleNamespace(nbytes=7)) == 1007
+    cache = SimpleNamespace(length=10, shape=SimpleNamespace(bytes_per_token=100, n_layers=4))
+    assert load("_replay").hot_bytes(cache, SimpleNamespace(nbytes=7), offloaded=False) == 1007
+    assert load("_replay").hot_bytes(cache, SimpleNamespace(nbytes=7), offloaded=True) == 257
 
 
 def a_turn(load: Any, kind: str = "first") -> Any:

@@ -1373,7 +1373,7 @@ class ExplainTurnResponse(_message.Message):
     TURNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___TurnExplanation]:
-        """Newest first; fewer than asked for if the server remembers no more."""
+        """Newest first; fewer than asked for if the server remembers no more, or if they would not fit in a message."""
 
     def __init__(
         self,
@@ -1424,6 +1424,8 @@ class TurnExplanation(_message.Message):
     MILLISECONDS_BY_PHASE_FIELD_NUMBER: _builtins.int
     NOTES_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    READ_SHARE_FIELD_NUMBER: _builtins.int
+    READ_RANGE_TOKENS_FIELD_NUMBER: _builtins.int
     revision_id: _builtins.str
     """The revision it became; empty: it has none (yet)."""
     request_id: _builtins.str
@@ -1431,7 +1433,9 @@ class TurnExplanation(_message.Message):
     context_tokens: _builtins.int
     """Tokens in the log when its last token was generated."""
     steps: _builtins.int
-    """Forward steps it took part in: cells of prefill plus generated tokens."""
+    """Forward steps it took part in: pieces of its prompt, and tokens it generated that were fed again."""
+    read_range_tokens: _builtins.int
+    """Tokens in each of these ranges, a power of two; the last range may hold fewer."""
     @_builtins.property
     def policy(self) -> _types_pb2.Policy:
         """The policy it ran under, with every knob."""
@@ -1446,7 +1450,9 @@ class TurnExplanation(_message.Message):
 
     @_builtins.property
     def milliseconds_by_phase(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Time by phase, in milliseconds: "queue", "restore", "prefill", "decode", "select", "commit"."""
+        """Time by phase, in milliseconds: "queue", "restore", "prefill", "decode", "commit" follow each other; "select", in
+        which a policy chose, is part of "prefill" and "decode".
+        """
 
     @_builtins.property
     def notes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -1455,6 +1461,12 @@ class TurnExplanation(_message.Message):
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it began."""
+
+    @_builtins.property
+    def read_share(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Shares of all reads for generated tokens, over layers and heads, by equal ranges of the log from its beginning: 64
+        at most. Where layers choose, from samples.
+        """
 
     def __init__(
         self,
@@ -1469,10 +1481,12 @@ class TurnExplanation(_message.Message):
         milliseconds_by_phase: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         notes: _abc.Iterable[_builtins.str] | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        read_share: _abc.Iterable[_builtins.float] | None = ...,
+        read_range_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "restored", b"restored", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "milliseconds_by_phase", b"milliseconds_by_phase", "notes", b"notes", "policy", b"policy", "reads", b"reads", "request_id", b"request_id", "restored", b"restored", "revision_id", b"revision_id", "start_time", b"start_time", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens", b"context_tokens", "milliseconds_by_phase", b"milliseconds_by_phase", "notes", b"notes", "policy", b"policy", "read_range_tokens", b"read_range_tokens", "read_share", b"read_share", "reads", b"reads", "request_id", b"request_id", "restored", b"restored", "revision_id", b"revision_id", "start_time", b"start_time", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1509,7 +1523,9 @@ class AttentionRead(_message.Message):
     spans_cut: _builtins.bool
     """Some ranges are left out."""
     attention_mass: _builtins.float
-    """Share of the full attention's probability that the attended tokens hold, in [0, 1]; unset: not measured."""
+    """Share of the full attention's probability that the attended tokens hold, in [0, 1], at sampled steps, averaged
+    over the group; unset: not measured.
+    """
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.TokenSpan]:
         """Which: ranges of log offsets at the last step, in order. May be cut after 64; then `spans_cut` is set."""

@@ -364,9 +364,12 @@ class SessionsServicer:
 
     def ExplainTurn(self, request, context):
         """Says what the last turns read: which tokens took part in attention, in which form, from where, and what had to
-        be computed again and why. Kept in memory only: it forgets with a restart. Reads only; retry at will.
+        be computed again and why. Kept in memory only, some turns of a session: it forgets with a restart, and when the
+        session is deleted. Reads only; retry at will.
 
-        * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision, or none of its turns is remembered.
+        * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision in the session. One that is no longer
+        remembered is no error.
+        * DATA_LOSS / RECORD_CORRUPT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -200,9 +200,12 @@ class SessionsStub:
     """
     ExplainTurn: _grpc.UnaryUnaryMultiCallable[_sessions_pb2.ExplainTurnRequest, _sessions_pb2.ExplainTurnResponse]
     """Says what the last turns read: which tokens took part in attention, in which form, from where, and what had to
-    be computed again and why. Kept in memory only: it forgets with a restart. Reads only; retry at will.
+    be computed again and why. Kept in memory only, some turns of a session: it forgets with a restart, and when the
+    session is deleted. Reads only; retry at will.
 
-    * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision, or none of its turns is remembered.
+    * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision in the session. One that is no longer
+      remembered is no error.
+    * DATA_LOSS / RECORD_CORRUPT.
     """
     ExportSession: _grpc.UnaryStreamMultiCallable[_sessions_pb2.ExportSessionRequest, _sessions_pb2.ExportSessionResponse]
     """Streams a portable archive of a session: a header, chunks of 256 KiB to 1 MiB, and a trailer with the hash.
@@ -413,9 +416,12 @@ class SessionsAsyncStub(SessionsStub):
     """
     ExplainTurn: _aio.UnaryUnaryMultiCallable[_sessions_pb2.ExplainTurnRequest, _sessions_pb2.ExplainTurnResponse]  # type: ignore[assignment]
     """Says what the last turns read: which tokens took part in attention, in which form, from where, and what had to
-    be computed again and why. Kept in memory only: it forgets with a restart. Reads only; retry at will.
+    be computed again and why. Kept in memory only, some turns of a session: it forgets with a restart, and when the
+    session is deleted. Reads only; retry at will.
 
-    * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision, or none of its turns is remembered.
+    * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision in the session. One that is no longer
+      remembered is no error.
+    * DATA_LOSS / RECORD_CORRUPT.
     """
     ExportSession: _aio.UnaryStreamMultiCallable[_sessions_pb2.ExportSessionRequest, _sessions_pb2.ExportSessionResponse]  # type: ignore[assignment]
     """Streams a portable archive of a session: a header, chunks of 256 KiB to 1 MiB, and a trailer with the hash.
@@ -713,9 +719,12 @@ class SessionsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sessions_pb2.ExplainTurnResponse, _abc.Awaitable[_sessions_pb2.ExplainTurnResponse]]:
         """Says what the last turns read: which tokens took part in attention, in which form, from where, and what had to
-        be computed again and why. Kept in memory only: it forgets with a restart. Reads only; retry at will.
+        be computed again and why. Kept in memory only, some turns of a session: it forgets with a restart, and when the
+        session is deleted. Reads only; retry at will.
 
-        * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision, or none of its turns is remembered.
+        * NOT_FOUND / SESSION_NOT_FOUND, REVISION_NOT_FOUND: no such revision in the session. One that is no longer
+          remembered is no error.
+        * DATA_LOSS / RECORD_CORRUPT.
         """
 
     @_abc_1.abstractmethod

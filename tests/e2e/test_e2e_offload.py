@@ -12,6 +12,8 @@ from sessiond.backing import files_supported
 from sessiond.cache import SessionCache
 from sessiond.server import Daemon
 from sessiond.storage import space
+from sessiond.v1 import sessions_pb2 as pb
+from sessiond.v1 import types_pb2
 
 pytestmark = pytest.mark.skipif(not files_supported(), reason="this system cannot set a file's space aside")
 
@@ -95,3 +97,21 @@ async def test_it_survives_a_restart(daemons: Daemons):
         assert turn.restored.tokens_restored > 0
         assert turn.restored.tokens_recomputed == 0
         assert cache_of(daemon, session).is_offloaded
+
+
+async def test_reads_are_told_as_from_disk_and_auto_says_why_it_chose(peer: Peer, daemon: Daemon):
+    session = (await peer.create(system="Be brief.", policy={"name": "auto", **SMALL["auto"]})).session_id
+    for text in TEXTS:
+        turn = await peer.turn(session, text, max_tokens=N)
+    assert turn.finished.memory_bytes_by_tier["disk"] > turn.finished.memory_bytes_by_tier["device"] > 0
+    request = pb.ExplainTurnRequest(session_id=session)
+    told = (await peer.call(peer.sessions.ExplainTurn, request)).turns[0]
+    assert told.policy.name == "sieve"
+    assert [note.split(":")[0] for note in told.notes] == ["auto"]
+    exact = [view.tier for read in told.reads for view in read.views if view.view == "exact"]
+    assert exact
+    assert set(exact) == {types_pb2.TIER_COLD}
+    masses = [read.attention_mass for read in told.reads if read.HasField("attention_mass")]
+    assert masses
+    assert all(0 < mass <= 1.001 for mass in masses)
+    assert daemon.desk.live("default", session).attention_mass == pytest.approx(sum(masses) / len(masses), abs=0.05)

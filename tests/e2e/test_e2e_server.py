@@ -22,7 +22,6 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sessiond.clients.errors import from_rpc_error
 from sessiond.errors import InvalidConfig, UnsafeAddress
 from sessiond.v1 import admin_pb2
-from sessiond.v1 import sessions_pb2 as pb
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -37,7 +36,6 @@ class TestWhatALaterVersionWillServe:
     @pytest.mark.parametrize(
         ("service", "method", "request_"),
         [
-            ("sessions", "ExplainTurn", pb.ExplainTurnRequest(session_id="x")),
             ("admin", "WatchStats", admin_pb2.WatchStatsRequest()),
             ("admin", "DrainServer", admin_pb2.DrainServerRequest()),
         ],

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from e2e_daemon import PATIENCE, Daemons, Gate, Peer, peer_of, refused
 from grpc import StatusCode
+from small_policies import SMALL
 from test_e2e_branches import fork, rollback, say
 
 from sessiond import tiers
@@ -211,6 +212,20 @@ class TestAForkOfAHotSession:
             assert turn.accepted.prompt_tokens_reused == length - 1
             assert cache_bytes(daemon, session, length - 1) == cache_bytes(daemon, branch, length - 1)
             assert turn.ids == (await peer.turn(session, "So?", max_tokens=N)).ids
+
+    @pytest.mark.parametrize("name", ["h2o", "snapkv", "sieve"])
+    async def test_goes_on_with_what_its_policy_has_learned(self, daemons: Daemons, name: str):
+        daemon = await daemons.start(settle_seconds=600)
+        async with peer_of(daemon.port) as peer:
+            policy = {"name": name, **SMALL[name]}
+            session, _ = await ask(peer, "Who?")
+            for question in ("And?", "Why?"):
+                await peer.turn(session, question, max_tokens=N, policy=policy)
+            branch = (await fork(peer, session)).session_id
+            turns = [await peer.turn(one, "So?", max_tokens=N, policy=policy) for one in (branch, session)]
+            assert turns[0].ids == turns[1].ids
+            known = [daemon.desk.live("default", one).cache.selection.nbytes for one in (branch, session)]
+            assert known[0] == known[1] > 0
 
     async def test_finds_its_tail_on_disk_though_the_other_branch_has_gone_on(self, daemon, daemons: Daemons):
         async with peer_of(daemon.port) as peer:
