@@ -41,6 +41,13 @@ def conversations(tokenizer: Any, data: Path | None, n: int, n_tokens: int, seed
     return out
 
 
+def exchanges(data: Path | None, seed: int) -> list[tuple[str, str]]:
+    """Users' messages with their replies, as they stand in the data; without it, made-up sentences."""
+    draw = random.Random(seed)
+    dialogues = _dialogues(data) if data else [_made_up(draw) for _ in range(400)]
+    return [(d[i]["content"], d[i + 1]["content"]) for d in dialogues for i in range(0, len(d), 2)]
+
+
 def _dialogues(data: Path) -> list[list[dict[str, str]]]:
     found = []
     for line in (data / "mtbench101.jsonl").read_text().splitlines():

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, Policy, Scan, Selector
 from sessiond.policies.choosing import summed_weights, top
 
 
@@ -26,8 +26,15 @@ class Oracle(Policy):
 class _OracleSelector(Selector):
     def __init__(self, budget: int) -> None:
         self._budget = budget
+        self._scan: Scan | None = None
+
+    @property
+    def scan(self) -> Scan | None:
+        """All keys: what knowing costs."""
+        return self._scan
 
     def step(self, view: LayerView) -> Tensor:
+        self._scan = Scan("exact", view.turn_start, view.keys[:, : view.turn_start].nbytes)
         places = torch.arange(view.keys.shape[1])
         weights = summed_weights(view.query, places[view.start :], view.keys, places, view.scaling)
         return top(weights[:, : view.turn_start], self._budget)

@@ -131,3 +131,16 @@ def test_a_step_leaves_nothing_of_it_mapped(tmp_path: Path):
     assert session.cache.length > 1500
     layer_bytes = len(session.cache.backing.memory) // model.shape.n_layers
     assert mapped_bytes(session.cache) < layer_bytes / 4
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_memory_behind_what_is_held_is_given_back_and_stays_zero(tmp_path: Path, in_file: bool):
+    cache = offloaded(tmp_path) if in_file else SessionCache(SHAPE, CONTEXT)
+    fill(cache, 2000)
+    before = digest(cache, 0, 500)
+    cache.truncate(500, 128)
+    held = mapped_bytes(cache)
+    cache.trim()
+    assert mapped_bytes(cache) < held / 2
+    assert digest(cache, 0, 500) == before
+    assert not any(part[layer][:, 500:].any() for part in (cache.keys, cache.values) for layer in range(10))
