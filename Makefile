@@ -24,7 +24,7 @@ say = @printf '\033[1m==> %s\033[0m\n' $(1)
 # Which part of the release column: i/n.
 PART ?= 1/1
 
-.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity clean
+.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-recall clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -89,6 +89,9 @@ bench-decode: $(INSTALLED) model  ## decoding and prefill speed, against transfo
 
 bench-fidelity: $(INSTALLED) model  ## how far each policy's answers are from full attention's; DATA=folder
 	@$(PY) benchmarks/fidelity.py $(if $(DATA),--data $(DATA))
+
+bench-recall: $(INSTALLED)  ## facts asked for in later turns under each policy; trains its model the first time
+	@$(PY) benchmarks/recall.py
 
 bench-branches: $(INSTALLED) model  ## forks, edits and shared prefixes of long sessions; what the log costs
 	@$(PY) benchmarks/branches.py
