@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ score_history: ScoreHistory | None = None
 out = console()
 
 
-def policies(budget: int) -> dict[str, Policy]:
-    """Every method attending to about `budget` tokens of history, those without a budget, and what they stand between.
+def policies(budget: int, only: Sequence[str] | None = None) -> dict[str, Policy]:
+    """Every method, or of these `only` some: attending to about `budget` tokens of history, or views without a budget.
 
     Quest's two dense layers would be all of this model. ShadowKV's outliers are the share of its budget that the paper
     gives them.
@@ -58,8 +59,11 @@ def policies(budget: int) -> dict[str, Policy]:
     }
     if score_history is not None:
         methods["kvzip"] = ("kvzip", {"share": 0.3})
-    known = {title: parse(name, knobs) for title, (name, knobs) in methods.items() if name in POLICIES}
-    return {**known, "oracle": Oracle(budget), "random": Random(budget)}
+    made: dict[str, Callable[[], Policy]] = {
+        title: partial(parse, name, knobs) for title, (name, knobs) in methods.items() if name in POLICIES
+    }
+    made |= {"oracle": partial(Oracle, budget), "random": partial(Random, budget)}
+    return {title: make() for title, make in made.items() if only is None or title in only}
 
 
 @dataclass
@@ -155,9 +159,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = Model.load(path)
     budget = shape.history // 16
-    chosen = policies(budget)
-    if options.policies:
-        chosen = {name: chosen[name] for name in options.policies}
+    chosen = policies(budget, options.policies)
+    if options.policies and (missing := set(options.policies) - chosen.keys()):
+        raise SystemExit(f"no policy here by the name of {', '.join(sorted(missing))}")
     neighbours, began = Neighbours(), time.perf_counter()
     seeds = range(options.seed, options.seed + options.conversations)
     results = measure(model, recipe, shape, seeds, chosen, own=options.own)

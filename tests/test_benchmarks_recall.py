@@ -49,7 +49,7 @@ def recall(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def tiny(training: ModuleType, **changes: Any) -> Any:
     """A recipe that trains in a second."""
-    stages = (training.Stage(16, 2, 2e-3, 1.0, 3), training.Stage(24, 1, 1e-3, 1.0, 2))
+    stages = (training.Stage(16, 2, 3, 2e-3, 2e-3), training.Stage(24, 1, 2, 1e-3, 0.0))
     return dataclasses.replace(training.Recipe(), keys=96, values=31, stages=stages, **changes)
 
 
@@ -129,7 +129,7 @@ def test_the_start_is_above_chance_and_training_adds_to_it(training: ModuleType)
     recipe = tiny(training)
     before = training.accuracy(training.untrained(recipe), recipe, 16)
     assert before > 3 / recipe.values  # far from 1 / values ** 2
-    stages = (training.Stage(16, 4, 2e-3, 1.0, 25),)
+    stages = (training.Stage(16, 4, 25, 2e-3, 0.0),)
     assert training.accuracy(training.train(dataclasses.replace(recipe, stages=stages)), recipe, 16) > before
 
 
@@ -318,9 +318,9 @@ def test_the_benchmark_prints_its_figures_last(
     monkeypatch.setattr(recall, "spin_as_the_daemon", lambda: None)
     monkeypatch.setattr(recall, "TARGET", 0.0)
     recipe = tiny(training)
-    recipe = dataclasses.replace(recipe, stages=(training.Stage(16, 4, 2e-3, 1.0, 25),))
+    recipe = dataclasses.replace(recipe, stages=(training.Stage(24, 4, 25, 2e-3, 2e-3),))
     monkeypatch.setattr(recall, "Recipe", lambda: recipe)
-    monkeypatch.setattr(recall, "Shape", lambda: task.Shape(turns=2, first=64, later=4))
+    monkeypatch.setattr(recall, "Shape", lambda: task.Shape(turns=2, first=40, later=4))
     command = ["recall.py", "--conversations", "30", "--models", str(tmp_path), "--policies", "sieve", "window"]
     monkeypatch.setattr("sys.argv", command)
     recall.main()
