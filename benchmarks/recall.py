@@ -9,6 +9,7 @@ counts later turns only, `slope_*` is of all. `oracle` knows all weights; `rando
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def main() -> None:
     results = measure(model, recipe, shape, seeds, chosen, own=options.own)
     full = torch.tensor(results["full"].right)
     accuracy = float(full.double().mean())
-    if accuracy < TARGET:
+    if accuracy < TARGET - 3 * math.sqrt(TARGET * (1 - TARGET) / full.numel()):  # by more than chance explains
         raise RuntimeError(f"full attention recalls {accuracy:.2%} of asks, asked were {TARGET:.1%}")
     asks = first_asks(full, options.seed)
     n_asks = int((asks >= 0).sum())

@@ -44,7 +44,10 @@ def score(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def recall(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load(monkeypatch, "recall")
+    found = load(monkeypatch, "recall")
+    monkeypatch.setattr(found, "spin_as_the_daemon", lambda: None)
+    monkeypatch.setattr(found.torch, "set_num_threads", lambda n: None)  # other tests run in this process
+    return found
 
 
 def tiny(training: ModuleType, **changes: Any) -> Any:
@@ -304,6 +307,31 @@ def test_three_over_n_bounds_what_was_never_seen(score: ModuleType) -> None:
     assert score.loss_bound(1, 300) is None
 
 
+# --- policies
+
+
+def test_every_policy_chooses_in_both_layers(recall: ModuleType) -> None:
+    for name, policy in recall.policies(144).items():
+        assert all(policy.selector(layer, 2) is not None for layer in range(2)), name
+
+
+def test_kvzip_is_left_out_while_nothing_scores(recall: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recall.POLICIES, "kvzip", lambda share: Full())
+    assert "kvzip" not in recall.policies(144)
+    monkeypatch.setattr(recall, "score_history", lambda model, cache, ids: None)
+    assert "kvzip" in recall.policies(144)
+
+
+def test_a_policy_that_is_not_here_is_an_error(
+    recall: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recall, "trained", lambda *given: (tmp_path, 0.0))
+    monkeypatch.setattr(recall.Model, "load", lambda path: None)
+    monkeypatch.setattr("sys.argv", ["recall.py", "--policies", "sieve", "seive"])
+    with pytest.raises(SystemExit, match="seive"):
+        recall.main()
+
+
 # --- the whole
 
 
@@ -315,7 +343,6 @@ def test_the_benchmark_prints_its_figures_last(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(recall, "spin_as_the_daemon", lambda: None)
     monkeypatch.setattr(recall, "TARGET", 0.0)
     recipe = tiny(training)
     recipe = dataclasses.replace(recipe, stages=(training.Stage(24, 4, 25, 2e-3, 2e-3),))
