@@ -124,7 +124,7 @@ def told(result: Result, full: torch.Tensor, asks: torch.Tensor, seed: int) -> d
 
 
 def table(found: dict[str, dict[str, Any]], n_asks: int) -> str:
-    titles = f"first asks, of {n_asks}", "later turns", "lost / won", "p", "slope, points a turn", "attended", "index B/token"
+    titles = f"first, of {n_asks}", "later turns", "lost / won", "p", "points a turn", "attended", "index B/token"
     rows = ["| policy | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, one in found.items():
         (low, high), bound = one["slope_ci"], one["loss_bound"]
