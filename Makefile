@@ -24,7 +24,7 @@ say = @printf '\033[1m==> %s\033[0m\n' $(1)
 # Which part of the release column: i/n.
 PART ?= 1/1
 
-.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-tasks bench-kvpress clean
+.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-tasks bench-kvpress bench-recall clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -101,6 +101,9 @@ bench-tasks: $(INSTALLED) model  ## whether facts survive over turns, method by 
 
 bench-kvpress: $(INSTALLED) model  ## kvpress's SnapKV, KVzip and StreamingLLM, in an environment of their own; DATA=folder
 	@$(PY) benchmarks/kvpress_env.py $(if $(DATA),--data $(DATA))
+
+bench-recall: $(INSTALLED)  ## facts asked for in later turns under each policy; trains its model the first time
+	@$(PY) benchmarks/recall.py
 
 bench-branches: $(INSTALLED) model  ## forks, edits and shared prefixes of long sessions; what the log costs
 	@$(PY) benchmarks/branches.py

@@ -229,11 +229,11 @@ def test_a_turn_interrupts_a_piece_between_two_layers_and_scores_stay_the_same()
     def gives_way() -> bool:
         nonlocal calls
         calls += 1
-        return calls % 7 == 0
+        return calls % 5 == 0
 
     scheduler = Scheduler(model, CELL, gives_way=gives_way)
     scheduler.scoring.append(work_of(session, 100))
     drain(scheduler)
-    assert calls > 14
+    assert calls > 10
     assert torch.equal(session.cache.prior.scores, expected)
     assert state(session.cache) == state(plain.cache)
