@@ -86,7 +86,7 @@ class Heard:
 
 
 # What scores a history, all of whose token ids it is given: what a daemon does between turns for policies that want it.
-ScoreHistory = Callable[[Model, SessionCache, Sequence[int]], Prior]
+ScoreHistory = Callable[[Model, SessionCache, Sequence[int]], Prior | None]
 
 
 def converse(

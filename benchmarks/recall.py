@@ -21,20 +21,24 @@ import torch
 from _bench import Neighbours, console, machine, print_json, rounded, spin_as_the_daemon, today
 from _recall_model import FOLDER, Recipe, trained
 from _recall_score import first_asks, flips, loss_bound, mcnemar, retention, slope, slope_interval
-from _recall_task import Heard, ScoreHistory, Shape, conversation, converse
+from _recall_task import Heard, Shape, conversation, converse
 from _references import Oracle, Random
 
+from sessiond.cache import SessionCache
 from sessiond.model import Model
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
-from sessiond.policies.registry import POLICIES, parse
+from sessiond.policies.prior import Prior
+from sessiond.policies.probing import Instruction
+from sessiond.policies.registry import parse
+from sessiond.zipping import score
 
 TARGET = 0.995  # of facts that full attention must recall
 SLOPES = ("sieve", "rocketkv", "snapkv_once")
 COUNTS = ("rocketkv", "sieve", "shadowkv", "window", "random", "kvzip")
 
-# Scores a history for kvzip when a turn is over; without it kvzip is left out: unscored, everything would take part.
-score_history: ScoreHistory | None = None
+# This model knows no language to be asked in: it is shown its context again, as after a request to repeat it.
+UNASKED = Instruction((), (), ())
 
 out = console()
 
@@ -43,12 +47,14 @@ def policies(budget: int, only: Sequence[str] | None = None) -> dict[str, Policy
     """Every method, or of these `only` some: attending to about `budget` tokens of history, or views without a budget.
 
     Quest's two dense layers would be all of this model. ShadowKV's outliers are the share of its budget that the paper
-    gives them.
+    gives them, whose chunks of 8 hold more than two facts here: `shadowkv` has chunks of 2, the rows beside it others.
     """
     methods: dict[str, tuple[str, dict[str, Any]]] = {
         "rocketkv": ("rocketkv", {"budget": 2 * budget}),
         "sieve": ("sieve", {"least": budget, "most": budget}),
-        "shadowkv": ("shadowkv", {"budget": budget, "outliers": budget // 48}),
+        "shadowkv": ("shadowkv", {"budget": budget, "outliers": budget // 48, "chunk": 2}),
+        "shadowkv_chunk4": ("shadowkv", {"budget": budget, "outliers": budget // 48, "chunk": 4}),
+        "shadowkv_chunk8": ("shadowkv", {"budget": budget, "outliers": budget // 48, "chunk": 8}),
         "quest": ("quest", {"budget": budget, "dense_layers": 0}),
         "snapkv": ("snapkv", {"budget": budget}),
         "snapkv_once": ("snapkv", {"budget": budget, "once": True}),
@@ -57,11 +63,10 @@ def policies(budget: int, only: Sequence[str] | None = None) -> dict[str, Policy
         "int8": ("int8", {}),
         "int4": ("int4", {}),
         "kivi": ("kivi", {}),
+        "kvzip": ("kvzip", {"share": 0.3}),
     }
-    if score_history is not None:
-        methods["kvzip"] = ("kvzip", {"share": 0.3})
     made: dict[str, Callable[[], Policy]] = {
-        title: partial(parse, name, knobs) for title, (name, knobs) in methods.items() if name in POLICIES
+        title: partial(parse, name, knobs) for title, (name, knobs) in methods.items()
     }
     made |= {"oracle": partial(Oracle, budget), "random": partial(Random, budget)}
     return {title: make() for title, make in made.items() if only is None or title in only}
@@ -81,6 +86,11 @@ class Result:
         self.seconds += seconds
 
 
+def score_history(model: Model, cache: SessionCache, ids: Sequence[int]) -> Prior | None:
+    """KVzip's scores of a history, as a daemon makes them when a turn is over."""
+    return score(model, cache, ids, UNASKED)
+
+
 def measure(
     model: Model, recipe: Recipe, shape: Shape, seeds: Sequence[int], chosen: dict[str, Policy], *, own: bool
 ) -> dict[str, Result]:
@@ -94,8 +104,8 @@ def measure(
             if name == "full":
                 heard = converse(model, Full(), turns, reference, None if own else reference)
             else:
-                score = score_history if chosen[name].name == "kvzip" else None
-                heard = converse(model, chosen[name], turns, cache, None if own else reference, score)
+                told = score_history if chosen[name].wants_prior else None
+                heard = converse(model, chosen[name], turns, cache, None if own else reference, told)
             result.add(heard, time.perf_counter() - began)
         if (number + 1) % 25 == 0:
             out.print(f"conversation {number + 1} of {len(seeds)}")

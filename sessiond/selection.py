@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 import structlog
+import torch
 from torch import Tensor
 
 from sessiond.kernels.rope import Rope
@@ -114,7 +115,13 @@ class Selection:
         if selector is None or self.failure is not None:
             return
         nothing = keys.new_empty(keys.shape[0], 0, keys.shape[2])
-        selector.rest(LayerView(nothing, keys[:, :length], values[:, :length], length, length, 1.0, rope, self.prior))
+        view = LayerView(nothing, keys[:, :length], values[:, :length], length, length, 1.0, rope, self.prior)
+        try:
+            with torch.inference_mode():  # as in a step: what one made, the other extends
+                selector.rest(view)
+        except Exception as error:
+            log.exception("policy failed after a turn; it is not asked again before the next", policy=self.policy.name)
+            self.failure = error
 
     def _check(self, chosen: Taken, keys: Tensor) -> bool:
         """An answer outside what was asked for would read other memory, or end the step of other sessions too.

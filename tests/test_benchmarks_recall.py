@@ -315,13 +315,6 @@ def test_every_policy_chooses_in_both_layers(recall: ModuleType) -> None:
         assert all(policy.selector(layer, 2) is not None for layer in range(2)), name
 
 
-def test_kvzip_is_left_out_while_nothing_scores(recall: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(recall.POLICIES, "kvzip", lambda share: Full())
-    assert "kvzip" not in recall.policies(144)
-    monkeypatch.setattr(recall, "score_history", lambda model, cache, ids: None)
-    assert "kvzip" in recall.policies(144)
-
-
 def test_a_policy_that_is_not_here_is_an_error(
     recall: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -74,6 +74,25 @@ async def test_it_moves_when_the_sessions_policy_changes(peer: Peer, daemon: Dae
     await peer.settled(session)
 
 
+@pytest.mark.parametrize("name", ["sieve", "int4", "kivi", "shadowkv"])
+async def test_behind_a_turn_its_index_catches_up_with_all_that_was_said(peer: Peer, daemon: Daemon, name: str):
+    session = (await peer.create(system="Be brief.", policy={"name": name, **SMALL[name]})).session_id
+    for text in TEXTS[:2]:
+        await peer.turn(session, text, max_tokens=N)
+    live = daemon.desk.live("default", session)
+    before = live.cache.selection.nbytes, live.cache.selection.turn_start
+    await live.settling
+    assert live.cache.selection.failure is None
+    selector = live.cache.selection._selectors[1]
+    covered = {
+        "sieve": lambda: selector._index.n,
+        "int4": lambda: selector._copy._keys.n,
+        "kivi": lambda: selector._values.n + SMALL["kivi"]["residual"] + SMALL["kivi"]["group"],
+        "shadowkv": lambda: selector._factors.n,
+    }[name]()
+    assert covered >= live.cache.length > before[1]
+
+
 async def test_without_disk_space_it_stays_in_memory(daemons: Daemons, monkeypatch: pytest.MonkeyPatch):
     daemon = await daemons.start()
     async with peer_of(daemon.port) as peer:
