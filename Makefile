@@ -24,7 +24,7 @@ say = @printf '\033[1m==> %s\033[0m\n' $(1)
 # Which part of the release column: i/n.
 PART ?= 1/1
 
-.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-tasks bench-kvpress bench-recall clean
+.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-hot-bytes bench-tasks bench-kvpress bench-recall clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -95,6 +95,9 @@ bench-exact: $(INSTALLED) model  ## whether sealing gives back full attention's 
 
 bench-end-of-turn: $(INSTALLED) model  ## what sealing, indexes and writing cost the next turn
 	@$(PY) benchmarks/end_of_turn.py
+
+bench-hot-bytes: $(INSTALLED) model  ## what a hot session takes of memory under some policies
+	@$(PY) benchmarks/hot_bytes.py
 
 bench-tasks: $(INSTALLED) model  ## whether facts survive over turns, method by method; DATA=folder
 	@$(PY) benchmarks/tasks.py $(if $(DATA),--data $(DATA))

@@ -65,6 +65,11 @@ class DaemonProcess:
         self._clients.append(client)
         return client
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         """SIGKILL: it can write nothing more. No-op if it has ended."""
         self._close_clients()

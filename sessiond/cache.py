@@ -62,7 +62,7 @@ class SessionCache:
         self.shape = shape
         self.capacity = -(-capacity // KEY_GRANULE) * KEY_GRANULE
         self._lay_out(backing or Backing(reserved_bytes(shape, capacity)))
-        self._written = 0  # end of the positions that a step has written
+        self._written = 0  # end of the positions that a step, a restore or a copy may have written
         self.epoch = 0  # changes whenever positions that were held are given up
         self.length = 0
         self.sealed = 0
@@ -152,9 +152,13 @@ class SessionCache:
     def write(self, layer: int, position: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [G, n, D] at positions [position, position + n)."""
         end = position + keys.shape[1]
-        self._written = max(self._written, end)
+        self.wrote(end)
         self.keys[layer][:, position:end] = keys
         self.values[layer][:, position:end] = values
+
+    def wrote(self, end: int) -> None:
+        """Positions up to `end` get bytes by another way than `write`, or are about to."""
+        self._written = max(self._written, end)
 
     def clear(self) -> None:
         """Zero all memory and hold nothing."""
@@ -180,6 +184,7 @@ class SessionCache:
             for layer in range(self.shape.n_layers):
                 self.keys[layer][:, length : self._written].zero_()
                 self.values[layer][:, length : self._written].zero_()
+                self.release(layer)
             self._written = length
         self.length = min(self.length, length)
         whole = self.length // cell_tokens * cell_tokens
@@ -196,7 +201,10 @@ class SessionCache:
 
     def copy_from(self, other: SessionCache, layer: int, span: Span) -> None:
         """Copy K and V of `span` in one layer out of another session's memory. Lengths stay the caller's."""
+        self.wrote(span.end)
         self._raw[layer, :, :, span.start : span.end] = other._raw[layer, :, :, span.start : span.end]
+        for one in (self, other):
+            one.release(layer)
 
     def copies(self, start: int, end: int) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """`arrays` of [start, end), copied: a snapshot that later steps do not change."""

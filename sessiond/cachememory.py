@@ -20,6 +20,8 @@ from sessiond.types import KVShape
 
 log = structlog.get_logger()
 
+# Offloaded KV takes no disk space below this: the store, which needs it to go on, is refused at its own reserve.
+KEPT_FREE_BYTES = 8 * DEFAULT_RESERVE_BYTES
 # Share of the capacity from which on a session counts as long: it gets memory in huge pages, for its whole capacity.
 LONG = 3 / 8
 REFILL_SECONDS = 1.0
@@ -53,7 +55,7 @@ class CacheMemory:
         nbytes = reserved_bytes(self.shape, self.capacity)
         if not files_supported():
             return None
-        if is_short(str(self._folder), nbytes + DEFAULT_RESERVE_BYTES):
+        if is_short(str(self._folder), nbytes + KEPT_FREE_BYTES):
             log.warning("no disk space to offload KV: it stays in memory", folder=str(self._folder), bytes=nbytes)
             return None
         try:

@@ -229,8 +229,9 @@ class Desk:
         else:
             fill = partial(self.tiers.restorer.fill, donor=donor, share=share)
             report = await self.in_pool(fill, live.tenant, live.chain, tokens, live.cache)
+            live.cache.release_all()
         if live.cache.length < len(live.ids) and (found := relative(others, live)):
-            copying = self.engine.call(partial(take_over, live, *found))
+            copying = self.engine.call(partial(take_over, live, *found), urgent=True)
             report.tokens_restored += await asyncio.wrap_future(copying)
         self.restored_tokens += report.tokens_restored
         return report
@@ -253,7 +254,7 @@ class Desk:
         whole = live.cache is None and not offloaded and self.tiers.memory.is_long(held)  # in huge pages
         n_tokens = self.tiers.capacity if whole else min(tokens, self.tiers.capacity)
         wanted = n_tokens * hot_bytes_per_token(self.tiers.shape, policy, self.engine.model.facts, offloaded=offloaded)
-        await self._push_out(max(0, wanted - self._bytes_held(live)))
+        await self._push_out(max(0, wanted - self._bytes_held(live)), live)
         live.reserved, live.backing = wanted, backing
 
     async def set_aside(self, needed: int) -> None:
@@ -264,10 +265,12 @@ class Desk:
         await self._push_out(needed)
         self.aside_bytes += needed
 
-    async def _push_out(self, needed: int) -> None:
+    async def _push_out(self, needed: int, besides: Live | None = None) -> None:
         """Let idle sessions leave, least recently used first, until `needed` bytes fit. Raises MemoryBudget."""
         budget = self.settings.memory_budget_bytes
-        idle = [other for other in self.lives.values() if other.cache and not other.lease.locked()]
+        idle = [
+            other for other in self.lives.values() if other.cache and not other.lease.locked() and other is not besides
+        ]
         for other in sorted(idle, key=lambda other: other.last_used):
             if self.hot_bytes + needed <= budget:
                 break
@@ -287,15 +290,29 @@ class Desk:
             )
 
     async def suspend(self, live: Live) -> tuple[int, int]:
-        """Persist and leave memory. Returns bytes written and freed."""
-        async with live.lease:
-            await self.unsettle(live)
-            if not live.cache:
-                return 0, 0
-            written = await self.persist(live)
-            cache, freed = live.cache, live.drop_cache()
-            await self.in_pool(self.tiers.memory.give_back, cache)
-            return written, freed
+        """Persist and leave memory. Returns bytes written and freed.
+
+        Where the disk is full, KV that lies in a file is dropped all the same: that frees the disk, and the log has
+        every token. Other KV stays; raises DiskFull.
+        """
+
+        async def leave() -> tuple[int, int]:
+            async with live.lease:
+                await self.unsettle(live)
+                if not live.cache:
+                    return 0, 0
+                try:
+                    written = await self.persist(live)
+                except DiskFull as error:
+                    if not live.cache.is_offloaded:
+                        raise
+                    written = 0
+                    log.warning("KV is dropped for want of disk space", session=live.session_id, error=error.message)
+                cache, freed = live.cache, live.drop_cache()
+                await self.in_pool(self.tiers.memory.give_back, cache)
+                return written, freed
+
+        return await self.whole(leave())
 
     # --- after a turn --------------------------------------------------------------------------------------------
 
@@ -306,13 +323,18 @@ class Desk:
     async def unsettle(self, live: Live) -> None:
         """Stop background work on a session: its cache belongs to the caller (who holds the lease) afterwards."""
         if live.settling is None:
+            if live.saving:  # of a suspending that was given up
+                await asyncio.wait([live.saving])
             return
+        assert live.settling is not asyncio.current_task()
         live.settling.cancel()
         live.stop_saving.set()
         try:
             await asyncio.gather(live.settling, return_exceptions=True)
             self.engine.cancel_idle(live.owner)
-            await asyncio.wrap_future(self.engine.call(_nothing))  # a cell that was being sealed is done now
+            await asyncio.wrap_future(
+                self.engine.call(_nothing, urgent=True)
+            )  # a cell that was being sealed is done now
             if live.saving:
                 await asyncio.wait([live.saving])
             live.settling = None
@@ -433,12 +455,17 @@ class Desk:
             return
         await self._between_turns()
         if wanted:
-            backing = await self.in_pool(self.tiers.memory.open_file)
-        else:
-            await self._push_out(cache.length * self.tiers.shape.bytes_per_token)
-            backing = Backing(reserved_bytes(self.tiers.shape, self.tiers.capacity))
-        if backing is not None:
-            await self._save(live, cache.move, backing)
+            if (backing := await self.in_pool(self.tiers.memory.open_file)) is not None:
+                await self._save(live, cache.move, backing)
+            return
+        needed = cache.length * self.tiers.shape.bytes_per_token
+        if self.hot_bytes + needed > self.settings.memory_budget_bytes:
+            return  # nobody else leaves for that
+        live.reserved = needed
+        try:
+            await self._save(live, cache.move, Backing(reserved_bytes(self.tiers.shape, self.tiers.capacity)))
+        finally:
+            live.reserved = 0
 
     async def _between_turns(self) -> None:
         """Wait until no turn runs; where there is always one, for a while."""

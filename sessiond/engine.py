@@ -26,7 +26,9 @@ class Engine:
     def __init__(self, model: Model, cell_tokens: int, threads: int, deliver: Callable[[list[Event]], None]) -> None:
         self.model = model
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._scheduler = Scheduler(model, cell_tokens, gives_way=lambda: not self._inbox.empty())
+        self._urgent = 0  # of what waits in the inbox: a turn, or who stands between a turn and its start
+        self._count = threading.Lock()
+        self._scheduler = Scheduler(model, cell_tokens, gives_way=lambda: self._urgent > 0)
         self._threads = threads
         self._deliver = deliver
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -51,10 +53,10 @@ class Engine:
         self._thread.join()
 
     def submit(self, work: TurnWork) -> None:
-        self._inbox.put(lambda: self._scheduler.add(work))
+        self._put_urgent(lambda: self._scheduler.add(work))
 
     def cancel(self, turn_id: str) -> None:
-        self._inbox.put(lambda: self._emit(self._scheduler.cancel(turn_id)))
+        self._put_urgent(lambda: self._emit(self._scheduler.cancel(turn_id)))
 
     def seal(self, work: SealWork) -> None:
         self._inbox.put(lambda: self._scheduler.sealing.append(work))
@@ -65,8 +67,8 @@ class Engine:
     def cancel_idle(self, owner: str) -> None:
         self._inbox.put(lambda: self._scheduler.cancel_idle(owner))
 
-    def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run `function` between two steps, on the engine thread."""
+    def call(self, function: Callable[[], T], *, urgent: bool = False) -> Future[T]:
+        """Run `function` between two steps, on the engine thread. `urgent`: a turn waits for it."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -77,8 +79,20 @@ class Engine:
             except BaseException as error:  # noqa: BLE001 - carried to the caller whole
                 future.set_exception(error)
 
-        self._inbox.put(run)
+        (self._put_urgent if urgent else self._inbox.put)(run)
         return future
+
+    def _put_urgent(self, command: Callable[[], None]) -> None:
+        """Queue what a step that may wait gives way to."""
+        with self._count:
+            self._urgent += 1
+
+        def run() -> None:
+            with self._count:
+                self._urgent -= 1
+            command()
+
+        self._inbox.put(run)
 
     def _emit(self, events: list[Event]) -> None:
         if events:

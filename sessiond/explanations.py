@@ -67,7 +67,8 @@ class Explanation:
     def nbytes(self) -> int:
         """About what it takes in memory."""
         reads = sum(400 + read.spans.nbytes + 100 * len(read.views) for read in self.reads)
-        return 2000 + reads + 32 * len(self.read_share) + sum(len(note) for note in self.notes)
+        told = sum(len(note) for note in self.notes) + len(str(self.knobs)) + len(str(self.restored))
+        return 2000 + reads + 32 * len(self.read_share) + told
 
 
 class Explanations:

@@ -109,6 +109,7 @@ class Restorer:
         if cache.sealed < cache.length and planned > first:
             cache.epoch += 1  # cells will overwrite provisional KV: whoever copies that must not keep it
             cache.about_to_change(first * self.cell_tokens)
+        cache.wrote(max(planned * self.cell_tokens, n_history))
         # The tail goes first: where it reaches below the sealed cells, they overwrite it.
         tail_end, borrowed = 0, cache.borrowed
         if cache.length < n_history:
@@ -243,6 +244,7 @@ class Restorer:
             if owner is None:
                 continue
             cache.about_to_change(span.start)
+            cache.wrote(span.end)
             try:
                 report.bytes_read += self.store.blocks.read_into(
                     owner, span.start, len(span), self.shape.n_layers, into(cache, span)

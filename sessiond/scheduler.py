@@ -29,6 +29,7 @@ from sessiond.types import FinishReason
 from sessiond.zipping import Scoring
 
 FULL = Full()
+MOST_ABANDONED = 4  # tries at a step of sealing or scoring before turns wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,7 @@ class SealWork:
     cache: SessionCache
     tokens: Sequence[int]
     upto: int
+    abandoned: int = 0  # tries at the next cell
 
 
 @dataclass(slots=True)
@@ -251,6 +253,7 @@ class ScoreWork:
 
     owner: str
     scoring: Scoring
+    abandoned: int = 0  # tries at the next piece
 
 
 @dataclass(slots=True)
@@ -391,23 +394,31 @@ class Scheduler:
             return [CellSealed(work.owner, -1)]
         end = start + self.cell_tokens
         try:
-            self.model.step([Feed(cache, work.tokens[start:end], start)], [], self.gives_way)
+            self.model.step([Feed(cache, work.tokens[start:end], start)], [], self._gives_way_for(work))
         except InterruptedStepError:  # the cell is as provisional as before, and is computed again later
+            work.abandoned += 1
             return []
         except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
             self.sealing.popleft()
             return [CellSealed(work.owner, -1, error)]
+        work.abandoned = 0
         cache.sealed = end
         cache.length = max(cache.length, end)
         self.counters.sealed += self.cell_tokens
         return [CellSealed(work.owner, start // self.cell_tokens)]
 
+    def _gives_way_for(self, work: SealWork | ScoreWork) -> Callable[[], bool] | None:
+        """Where turns come all the time a step is let through after some tries: else nothing would ever be sealed."""
+        return self.gives_way if work.abandoned < MOST_ABANDONED else None
+
     def _score(self) -> list[Event]:
         work, error = self.scoring[0], None
         try:
             if not work.scoring.is_over:
-                self.counters.probed += work.scoring.advance(self.model, self.gives_way)
+                self.counters.probed += work.scoring.advance(self.model, self._gives_way_for(work))
+            work.abandoned = 0
         except InterruptedStepError:
+            work.abandoned += 1
             return []
         except Exception as raised:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
             work.scoring.abandon()

@@ -60,7 +60,9 @@ class Selection:
 
     def branch(self, n: int) -> Selection:
         """What is known of the first `n` positions, for another session that shares them."""
-        other = copy.deepcopy(self)
+        other = Selection(self.policy, len(self._selectors))
+        other._selectors = copy.deepcopy(self._selectors)
+        other.turn_start = self.turn_start
         other.keep(n)
         return other
 
@@ -96,18 +98,35 @@ class Selection:
             log.exception("policy failed; this turn attends to everything", policy=self.policy.name)
             self.failure = error
             return None
-        if self.reading is not None:
-            self.reading.select_seconds += time.perf_counter() - began
-            if chosen is not None and (scan := selector.scan) is not None:
-                self.reading.scanned(layer, scan)
-        if chosen is None or (self.policy.dense_prompt and not decoding):
+        self._tell_time(began)
+        if chosen is None:
+            return None
+        if self.policy.dense_prompt and not decoding:
             return None  # all of them; prompts under such a policy may be canonical
         whole = chosen.positions.shape[1] >= self.turn_start and not padded  # padded: of some heads only
-        if whole and chosen.keys is None and chosen.values is None:
-            return None
+        taken = None if whole and chosen.keys is None and chosen.values is None else chosen
+        self._tell(layer, selector, taken, view, decoding=decoding, padded=padded)
+        return taken
+
+    def _tell_time(self, began: float) -> None:
         if self.reading is not None:
-            self.reading.chose(layer, chosen, query, keys, end, scaling, decoding=decoding, padded=padded)
-        return chosen
+            self.reading.select_seconds += time.perf_counter() - began
+
+    def _tell(
+        self, layer: int, selector: Selector, taken: Taken | None, view: LayerView, *, decoding: bool, padded: bool
+    ) -> None:
+        """Have an answer counted. A statistic must not end the step, and with it other sessions' turns."""
+        if self.reading is None:
+            return
+        try:
+            if (scan := selector.scan) is not None:
+                self.reading.scanned(layer, scan)
+            if taken is not None:
+                n, scaling = view.keys.shape[1], view.scaling
+                self.reading.chose(layer, taken, view.query, view.keys, n, scaling, decoding=decoding, padded=padded)
+        except Exception:
+            log.exception("what a turn reads is not counted any further", policy=self.policy.name)
+            self.reading = None
 
     def rest(self, layer: int, keys: Tensor, values: Tensor, length: int, rope: Rope | None) -> None:
         """The turn is over: let the selector of a layer catch up with `length` tokens. Nobody waits for it."""

@@ -103,6 +103,7 @@ class Tiers:
                 log.put_cell_ref(ref)
                 written += ref.coded_bytes
             self.store.log.write(log).result()
+            cache.release_all()
         return written
 
     def _write_cell(

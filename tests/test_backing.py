@@ -93,6 +93,16 @@ def test_a_session_moves_there_and_back_with_every_byte(tmp_path: Path):
     assert digest(cache, 0, 777) == before
 
 
+def test_copying_from_one_to_another_leaves_nothing_of_either_mapped(tmp_path: Path):
+    source, target = offloaded(tmp_path), offloaded(tmp_path)
+    fill(source, 1000)
+    source.release_all()
+    for layer in range(SHAPE.n_layers):
+        target.copy_from(source, layer, Span(0, 1000))
+    assert mapped_bytes(source) + mapped_bytes(target) < 64 << 10
+    assert digest(target, 0, 1000) == digest(source, 0, 1000)
+
+
 def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path: Path):
     with pytest.raises((DiskFull, OSError)) as caught:
         Backing(1 << 60, tmp_path)
@@ -137,9 +147,8 @@ def test_a_step_leaves_nothing_of_it_mapped(tmp_path: Path):
 def test_memory_behind_what_is_held_is_given_back_and_stays_zero(tmp_path: Path, in_file: bool):
     cache = offloaded(tmp_path) if in_file else SessionCache(SHAPE, CONTEXT)
     fill(cache, 2000)
-    before = digest(cache, 0, 500)
+    before, held = digest(cache, 0, 500), mapped_bytes(cache)
     cache.truncate(500, 128)
-    held = mapped_bytes(cache)
     cache.trim()
     assert mapped_bytes(cache) < held / 2
     assert digest(cache, 0, 500) == before

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 from e2e_daemon import Daemons, Peer, patience, peer_of
+from engine_harness import digest
 from small_policies import SMALL
 
 from sessiond.backing import files_supported
 from sessiond.cache import SessionCache
+from sessiond.errors import DiskFull
 from sessiond.server import Daemon
 from sessiond.storage import space
 from sessiond.v1 import sessions_pb2 as pb
@@ -134,3 +136,71 @@ async def test_reads_are_told_as_from_disk_and_auto_says_why_it_chose(peer: Peer
     assert masses
     assert all(0 < mass <= 1.001 for mass in masses)
     assert daemon.desk.live("default", session).attention_mass == pytest.approx(sum(masses) / len(masses), abs=0.05)
+
+
+async def rolled_back_to_its_head(peer: Peer, session: str) -> None:
+    """Settles a session without a step."""
+    head = (await peer.get(session)).head_revision_id
+    await peer.call(peer.sessions.RollbackSession, pb.RollbackSessionRequest(session_id=session, revision_id=head))
+
+
+@pytest.mark.parametrize("name", ["sieve", "kvzip"])
+@pytest.mark.parametrize("offload", [True, False])
+async def test_kv_that_was_restored_is_still_there_after_it_was_moved_or_scored(
+    daemons: Daemons, name: str, offload: bool
+):
+    """No step has written it: a move that copied only what steps wrote would leave zeros, and seal cells on them."""
+    daemon = await daemons.start(offload=offload)
+    async with peer_of(daemon.port) as peer:
+        session = (await peer.create(system="Be brief.")).session_id
+        await peer.turn(session, TEXTS[0], max_tokens=N)
+        await peer.settled(session)
+        before = digest(cache_of(daemon, session), 0, cache_of(daemon, session).length)
+        await peer.suspend(session)
+        await peer.warm(session)
+        found = await peer.get(session)
+        found.policy.name = name
+        await peer.update(found, "policy")
+        await rolled_back_to_its_head(peer, session)
+        live = daemon.desk.live("default", session)
+        await live.settling
+        assert live.cache.is_offloaded == offload
+        assert (live.cache.prior is not None) == (name == "kvzip")
+        assert digest(live.cache, 0, live.cache.length) == before
+
+
+async def test_one_that_does_not_fit_in_memory_stays_in_its_file_and_pushes_nobody_out(daemons: Daemons):
+    daemon = await daemons.start()
+    async with peer_of(daemon.port) as peer:
+        session = (await peer.create(system="Be brief.", policy=SIEVE)).session_id
+        await peer.turn(session, TEXTS[0], max_tokens=N)
+        other = (await peer.create(system="Be brief.")).session_id
+        await peer.turn(other, "Hi", max_tokens=2)
+        exact = cache_of(daemon, session).length * daemon.desk.tiers.shape.bytes_per_token
+        settings = daemon.desk.settings.model_copy(update={"memory_budget_bytes": daemon.desk.hot_bytes + exact // 2})
+        daemon.desk.settings = settings
+        found = await peer.get(session)
+        found.policy.CopyFrom(types_pb2.Policy(name="full"))
+        await peer.update(found, "policy")
+        await rolled_back_to_its_head(peer, session)
+        await daemon.desk.live("default", session).settling
+        assert cache_of(daemon, session).is_offloaded
+        assert cache_of(daemon, other)
+        assert (await peer.turn(session, TEXTS[1], max_tokens=N)).finished.usage.generated_tokens == N
+
+
+async def test_a_full_disk_lets_offloaded_sessions_leave_all_the_same(daemons: Daemons, monkeypatch):
+    daemon = await daemons.start(settle_seconds=600)
+    async with peer_of(daemon.port) as peer:
+        session = (await peer.create(system="Be brief.", policy=SIEVE)).session_id
+        first = await peer.turn(session, TEXTS[0], max_tokens=N)
+
+        def full(*args: Any, **options: Any) -> Any:
+            raise DiskFull("no room")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(daemon.desk.tiers, "persist_cells", full)
+            assert (await peer.suspend(session)).bytes_freed > 0
+        turn = await peer.turn(session, TEXTS[1], max_tokens=N)
+        assert turn.restored.tokens_recomputed > 0
+        assert first.finished.usage.generated_tokens == turn.finished.usage.generated_tokens == N
