@@ -7,6 +7,7 @@ read now. The reason is told in ExplainTurn.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +21,8 @@ from sessiond.policies.sieve import Sieve
 class Auto(Policy):
     """Full attention up to `dense_until` tokens, or `scarce_until` when memory is used beyond `pressure`; then sieve.
 
-    Sieve reads up to `part` of the tokens; twice that if the last turn's choice held less than `mass` of the attention.
+    Sieve reads up to `part` of the tokens, rounded up to a power of two; twice that if the last turn's choice held less
+    than `mass` of the attention.
     """
 
     name: ClassVar[str] = "auto"
@@ -44,7 +46,7 @@ class Auto(Policy):
         if n <= limit:
             return Full(), f"auto: full attention: {n} tokens, up to {limit} read whole ({memory})"
         missed = held is not None and held < self.mass
-        most = max(64, round(n * min(1.0, self.part * (2 if missed else 1))))
+        most = max(64, power_of_two(n * min(1.0, self.part * (2 if missed else 1))))
         told = (
             "not measured yet" if held is None else f"{held:.1%}, {'below' if missed else 'at least'} {self.mass:.0%}"
         )
@@ -57,3 +59,8 @@ class Auto(Policy):
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         """Auto itself leaves nothing out: a turn runs under what it settled on."""
         return None
+
+
+def power_of_two(n: float) -> int:
+    """The next one: turns settle on equal policies while a session grows, so what these derived stays."""
+    return 1 << max(0, math.ceil(n) - 1).bit_length()

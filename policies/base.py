@@ -50,7 +50,8 @@ class Taken:
     """Positions that take part in a form of their own.
 
     `positions` [G, K] as a Selector answers them. `keys`, `values` [G, K, D] stand in for the exact ones there, in
-    their dtype; None: the exact ones. `form` names what stands in, of which `nbytes` are kept.
+    their dtype; None: the exact ones. `form` names what stands in, of which `nbytes` are kept. So many positions of
+    each row, about, are `exact` though a form stands in.
     """
 
     positions: Tensor
@@ -58,6 +59,7 @@ class Taken:
     values: Tensor | None
     form: str
     nbytes: int
+    exact: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class ModelFacts:
     head_dim: int
     attending: tuple[int, ...]
     max_context: int
+    itemsize: int = 2  # bytes of one number of a key
 
 
 @dataclass(frozen=True, slots=True)

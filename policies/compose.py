@@ -68,6 +68,10 @@ class Layers(Policy):
     def wants_prior(self) -> bool:  # type: ignore[override]
         return any(part.wants_prior for part in self._parts)
 
+    @property
+    def prior_chunk(self) -> int:
+        return min(part.prior_chunk for part in self._parts)
+
     def knobs(self) -> dict[str, Any]:
         rules = [{"layers": rule.layers, "policy": named(rule.policy)} for rule in self.rules]
         return {"rules": rules, "otherwise": named(self.otherwise)}
@@ -119,6 +123,10 @@ class Viewed(Policy):
     def wants_prior(self) -> bool:  # type: ignore[override]
         return self.of.wants_prior
 
+    @property
+    def prior_chunk(self) -> int:
+        return self.of.prior_chunk
+
     def fits(self, model: ModelFacts) -> None:
         Policy.fits(self, model)
         self.of.fits(model)
@@ -153,6 +161,10 @@ class ByPrior(Policy):
     @property
     def dense_prompt(self) -> bool:
         return self.of.dense_prompt
+
+    @property
+    def prior_chunk(self) -> int:
+        return self.of.prior_chunk
 
     def fits(self, model: ModelFacts) -> None:
         Policy.fits(self, model)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, ModelFacts, Policy, Selector
 from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
 
@@ -35,6 +35,10 @@ class H2O(Policy):
     @property
     def dense_prompt(self) -> bool:
         return False
+
+    def index_bytes(self, model: ModelFacts) -> int:
+        """Three accounts of a score for each head, fp32."""
+        return len(model.attending) * model.n_kv_heads * 12
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return H2OSelector(self)

@@ -73,7 +73,7 @@ class KiviSelector(Selector):
         values = torch.cat([self._values.read(n, dtype), view.values[:, rest]], 1)
         positions = torch.arange(view.turn_start).expand(len(keys), -1)
         nbytes = self._keys.used(self._rows(n)) + self._values.used(n)
-        return Taken(positions, keys, values, f"kivi{self._policy.bits}", nbytes)
+        return Taken(positions, keys, values, f"kivi{self._policy.bits}", nbytes, view.turn_start - n)
 
     def rest(self, view: LayerView) -> None:
         self._extend(view)

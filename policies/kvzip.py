@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Policy, Selector
+from sessiond.policies.base import LayerView, ModelFacts, Policy, Selector
 from sessiond.policies.knobs import one_of, share, whole
 from sessiond.policies.prior import BUDGETS, Prior
 from sessiond.policies.probing import CHUNK, LEAST
@@ -37,6 +37,10 @@ class KVzip(Policy):
         share(self.name, "share", self.share)
         one_of(self.name, "budget", self.budget, BUDGETS)
         whole(self.name, "chunk", self.chunk, LEAST, 1 << 14)
+
+    def index_bytes(self, model: ModelFacts) -> int:
+        """Scores in fp16, the mask of what is kept, and its positions."""
+        return model.n_layers * model.n_kv_heads * (2 + 1 + 8)
 
     @property
     def prior_chunk(self) -> int:

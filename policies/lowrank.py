@@ -96,9 +96,13 @@ class LowRank:
         self._mean = self._origin + offset
         variances, vectors = torch.linalg.eigh(self._gram - n * torch.outer(offset, offset))
         variances = variances.clamp(min=0).flip(-1)
-        held = variances.cumsum(-1) / variances.sum().clamp(min=1e-30)
+        total = float(variances.sum())
+        held = variances.cumsum(-1) / max(total, 1e-30)
         rank = min(self._rank or int((held < self._energy).sum()) + 1, len(held))
-        self._lost = 1 - float(held[rank - 1])
+        if total > 0:
+            self._lost = 1 - float(held[rank - 1])
+        else:  # nothing varies yet, and nothing is lost: the first row that does gives another basis
+            rank, self._lost = 1, 0.0
         self._basis = vectors.flip(-1)[:, :rank].to(torch.bfloat16)
         self._coordinates = torch.cat([self._project(block - self._mean) for block in _blocks(rows, 0, n)])
 

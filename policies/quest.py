@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Policy, Scan, Selector
+from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import whole
 from sessiond.policies.pages import Pages
@@ -31,6 +31,11 @@ class Quest(Policy):
         whole(self.name, "page", self.page, 1, 1024)
         whole(self.name, "budget", self.budget, self.page, 1 << 20)
         whole(self.name, "dense_layers", self.dense_layers, 0, 1024)
+
+    def index_bytes(self, model: ModelFacts) -> int:
+        """Two bounds of each channel for a page, in the keys' dtype, and their room to grow."""
+        layers = sum(layer >= self.dense_layers for layer in model.attending)
+        return layers * 2 * model.n_kv_heads * model.head_dim * model.itemsize * 5 // (4 * self.page) + 1
 
     def selector(self, layer: int, n_layers: int) -> Selector | None:
         return None if layer < self.dense_layers else QuestSelector(self)

@@ -61,9 +61,10 @@ class ShadowKV(Policy):
         whole(self.name, "rank", self.rank, 0, model.n_kv_heads * model.head_dim)
 
     def index_bytes(self, model: ModelFacts) -> int:
-        """Coordinates in a basis as wide as it may get, and landmarks."""
+        """Coordinates in a basis as wide as it may get, landmarks, and over the whole context the sums in fp32."""
         width = model.n_kv_heads * model.head_dim
-        return len(model.attending) * 2 * ((self.rank or width) + width // self.chunk)
+        sums = (4 + 2) * width * width // model.max_context
+        return len(model.attending) * (2 * ((self.rank or width) + width // self.chunk) + 5 * model.n_kv_heads + sums)
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         return ShadowKVSelector(self)
@@ -160,4 +161,5 @@ class ShadowKVSelector(Selector):
         keys = view.rope.rotate(self._factors.take(positions), positions).to(view.keys.dtype)
         groups, places = exact.nonzero(as_tuple=True)
         keys[groups, places] = view.keys[groups, positions[groups, places]]
-        return Taken(positions, keys, None, "low rank", self._factors.nbytes)
+        n_exact = int(exact.sum()) // len(exact)
+        return Taken(positions, keys, None, "low rank", self._factors.nbytes, n_exact)

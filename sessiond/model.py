@@ -96,6 +96,7 @@ class Model:
             self.shape.head_dim,
             tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention"),
             self.max_context,
+            self.shape.itemsize,
         )
 
     @property

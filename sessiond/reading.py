@@ -64,12 +64,13 @@ class Count:
 class FormReads:
     """What a layer took in one form; `stands_in` for keys, for values. `nbytes`: of what stands in, for all heads."""
 
-    __slots__ = ("count", "form", "nbytes", "stands_in")
+    __slots__ = ("count", "exact", "form", "nbytes", "stands_in")
 
     def __init__(self, form: str, stands_in: tuple[bool, bool]) -> None:
         self.form = form
         self.stands_in = stands_in
         self.count = Count()
+        self.exact = 0  # of each head's, in keys and values all the same
         self.nbytes = 0
 
 
@@ -197,6 +198,7 @@ class Reading:
         if form is None:
             form = reads.forms[taken.form, *stands_in] = FormReads(taken.form, stands_in)
         form.count.add(positions, padded=padded)
+        form.exact += taken.exact
         form.nbytes += taken.nbytes
         if not decoding:
             reads.prompt = self.n_steps, positions

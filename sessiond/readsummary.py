@@ -191,10 +191,13 @@ def _views(reading: Reading, reads: LayerReads, head: int) -> list[ViewRead]:
         if n_exact:
             exact += counts[head]
             exact_bytes += n_exact * half * counts[head]
+        elif form.exact:
+            exact += form.exact
+        exact_bytes += (2 - n_exact) * half * form.exact
         if n_exact < 2:
             tokens, nbytes = forms.get(form.form, (0, 0))
             share = counts[head] / max(1, sum(counts))
-            forms[form.form] = tokens + counts[head], nbytes + round(form.nbytes * share)
+            forms[form.form] = tokens + counts[head] - form.exact, nbytes + round(form.nbytes * share)
     for name, (tokens, nbytes) in reads.scans.items():
         forms[name] = tokens + forms.get(name, (0, 0))[0], nbytes // n_groups + forms.get(name, (0, 0))[1]
     told = [ViewRead("exact", reading.tier, reading.own + exact, reading.own * 2 * half + exact_bytes)]

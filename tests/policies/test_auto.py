@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from sessiond.cache import SessionCache
 from sessiond.errors import InvalidConfig
 from sessiond.policies.auto import Auto
 from sessiond.policies.base import Situation
 from sessiond.policies.full import Full
 from sessiond.policies.sieve import Sieve
+from sessiond.types import KVShape
 
 AUTO = Auto(dense_until=4000, scarce_until=500, pressure=0.8, part=0.1, mass=0.95)
 
@@ -17,13 +19,13 @@ AUTO = Auto(dense_until=4000, scarce_until=500, pressure=0.8, part=0.1, mass=0.9
     ("situation", "most"),
     [
         (Situation(4000, 0.1), None),
-        (Situation(4001, 0.1), 400),
+        (Situation(4001, 0.1), 512),
         (Situation(4000, 0.79), None),
-        (Situation(4000, 0.8), 400),
+        (Situation(4000, 0.8), 512),
         (Situation(500, 0.99), None),
         (Situation(501, 0.99), 64),
-        (Situation(5000, 0.1, 0.95), 500),
-        (Situation(5000, 0.1, 0.9499), 1000),
+        (Situation(5000, 0.1, 0.95), 512),
+        (Situation(5000, 0.1, 0.9499), 1024),
         (Situation(4000, 0.1, 0.2), None),
     ],
 )
@@ -39,9 +41,14 @@ def test_it_says_what_the_last_turn_missed():
     assert "not measured" in AUTO.settle_on(Situation(5000, 0.1))[1]
 
 
-def test_it_never_reads_more_than_all():
-    policy, _ = Auto(dense_until=0, scarce_until=0, part=1.0).settle_on(Situation(100, 0.1, 0.1))
-    assert policy == Sieve(least=64, most=100)
+def test_it_settles_on_the_same_while_a_session_grows_so_its_index_stays():
+    assert len({AUTO.settle_on(Situation(n, 0.1))[0] for n in range(4001, 5100, 50)}) == 1
+    cache = SessionCache(KVShape(1, 1, 8, "float32"), 8192)
+    indexes = []
+    for n in (4001, 4100, 5000):
+        cache.use(AUTO.settle_on(Situation(n, 0.1))[0], n)
+        indexes.append(cache.selection)
+    assert indexes[0] is indexes[1] is indexes[2]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sessiond.errors import InvalidConfig, UnknownPolicy
 from sessiond.kernels.rope import Rope
-from sessiond.policies.base import LayerView, Policy, Selector, Taken
+from sessiond.policies.base import LayerView, ModelFacts, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
 from sessiond.policies.registry import parse
 
@@ -207,3 +207,26 @@ def test_a_wrong_knob_is_refused_by_name_with_what_is_allowed(name: str):
             assert caught.value.metadata["range"]
     with pytest.raises(UnknownPolicy):
         parse(name, {**knobs, "wisdom": 3})
+
+
+@pytest.mark.parametrize("name", ["quest", "sieve", "int8", "int4", "kivi", "shadowkv", "viewed", "h2o"])
+def test_the_memory_that_is_set_aside_for_an_index_is_about_what_it_takes(name: str):
+    """Two layers, two KV heads of 64 channels, 2,000 tokens in bf16; knobs as they come."""
+    n, n_groups, head_dim = 2000, 2, 64
+    policy = parse(name, {"dense_layers": 0} if name == "quest" else {})
+    facts = ModelFacts(2, n_groups, head_dim, (0, 1), 8192)
+    keys, values = (draw(n_groups, n, head_dim, seed=seed).to(torch.bfloat16) for seed in (1, 2))
+    rope = Rope(10000.0 ** -torch.arange(0, 1, 2 / head_dim))
+    query = draw(n_groups * SHARE, 1, head_dim, seed=3).to(torch.bfloat16)
+    held = 0
+    for layer in range(2):
+        selector = policy.selector(layer, 2)
+        assert selector is not None
+        nothing = query[:, :0]
+        selector.rest(LayerView(nothing, keys, values, n, n, 0.1, rope))
+        for start, turn_start in ((n - 3, n - 3), (n - 2, n - 3)):
+            view = LayerView(query, keys[:, : start + 1], values[:, : start + 1], start, turn_start, 0.1, rope)
+            (selector.prompt if start == turn_start else selector.step)(view)
+        held += selector.nbytes
+    assert 0.5 * held < policy.index_bytes(facts) * n < 2 * held
+    assert held > 0

@@ -234,3 +234,18 @@ def test_memory_is_that_of_coordinates_and_basis_in_two_bytes_and_of_the_sums():
     factors = LowRank(4, 1.0, 0.05)
     cover(factors, of_rank(4, 100))
     assert factors.nbytes == 2 * 4 * (100 + C) + 4 * (3 * C + C * C)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_basis_of_rows_that_do_not_vary_is_given_up_for_the_first_that_do(rank: int):
+    draw = torch.randn(600, 24, generator=torch.Generator().manual_seed(5)) @ torch.diag(0.5 ** torch.arange(24))
+
+    def rows(start: int, end: int) -> torch.Tensor:
+        return draw[start:end]
+
+    factors, fresh = LowRank(rank, 0.9, 0.05), LowRank(rank, 0.9, 0.05)
+    factors.cover(rows, 1)
+    factors.cover(rows, 600)
+    fresh.cover(rows, 600)
+    assert factors.factored == 600
+    assert factors.rank == fresh.rank
