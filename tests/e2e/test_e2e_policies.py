@@ -136,3 +136,23 @@ async def test_a_policy_that_raises_falls_back_to_full_and_says_so(peer: Peer, m
     turn = await peer.turn(session, TEXTS[1], max_tokens=N, policy=policy("window"))
     assert ["window" in notice and "no answer" in notice for notice in turn.finished.notices] == [True]
     assert turn.ids == (await peer.turn(plain, TEXTS[1], max_tokens=N)).ids
+
+
+@pytest.mark.parametrize(
+    ("asked", "knob"),
+    [
+        ({"name": "shadowkv", "rank": 60000}, "rank"),
+        ({"name": "layers", "rules": [{"layers": "0-99", "policy": {"name": "sieve"}}]}, "rules"),
+        ({"name": "viewed", "of": {"name": "auto"}}, "of"),
+    ],
+    ids=["rank", "layers", "nested"],
+)
+async def test_one_that_does_not_fit_the_model_is_refused_with_what_would(
+    peer: Peer, asked: dict[str, object], knob: str
+):
+    session = (await peer.create(system="x")).session_id
+    for refuse in (peer.create(system="x", policy=asked), peer.turn(session, "Hi", policy=asked)):
+        with refused("INVALID_CONFIG", StatusCode.INVALID_ARGUMENT) as caught:
+            await refuse
+        assert caught.value.metadata["knob"] == knob
+        assert caught.value.metadata["range"]
