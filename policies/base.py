@@ -51,6 +51,7 @@ class Taken:
 
     `positions` [G, K] as a Selector answers them. `keys`, `values` [G, K, D] stand in for the exact ones there, in
     their dtype; None: the exact ones. `form` names what stands in, of which `nbytes` are kept.
+    `exact`: so many positions of each row, about, are read exactly though a form stands in.
     """
 
     positions: Tensor
@@ -58,6 +59,7 @@ class Taken:
     values: Tensor | None
     form: str
     nbytes: int
+    exact: int = 0
 
 
 @dataclass(frozen=True, slots=True)
