@@ -1,4 +1,8 @@
-"""The policies that the quality benchmarks compare, all with about the same budget."""
+"""The policies that the quality benchmarks compare, all with about the same budget.
+
+Their history is prefilled by full attention, without them. Methods that choose by the queries of the prefill, H2O and
+SnapKV that compresses once, would choose by the question's own here, and are left out: recall.py has both.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,6 @@ def contenders(budget: int, share: float, facts: ModelFacts) -> dict[str, Policy
         "quest": parse("quest", {"budget": budget}),
         "snapkv": parse("snapkv", {"budget": budget}),
         "adakv": parse("adakv", {"budget": budget}),
-        "h2o": parse("h2o", {"budget": budget, "recent": budget // 2}),
         "window": parse("window", {"sinks": 4, "recent": budget - 4}),
         "random": Random(budget),
     }

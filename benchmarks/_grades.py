@@ -9,18 +9,26 @@ LOSSLESS, NEAR, GOOD, LOSSY = "lossless", "near-lossless", "good", "lossy"
 
 
 def grade(
-    found: Mapping[str, Any], floor: Mapping[str, Any], turns: Sequence[float] = (), floor_turns: Sequence[float] = ()
+    found: Mapping[str, Any],
+    floor: Mapping[str, Any],
+    turns: Sequence[Mapping[str, Any]] = (),
+    floor_turns: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Of the figures `Distance.told` gives; `floor`: the same of full attention against itself, computed in other
-    pieces; `turns`, `floor_turns`: mean KL of each turn, of which the worst counts.
+    pieces; `turns`, `floor_turns`: those of each turn, of which the worst of each figure counts.
 
     Top-1 is that of decided positions: a small model's ties flip by rounding alone. Without any it says nothing.
     """
-    worst = max([found["kl_mean"], *turns])
-    agreed = 1.0 if found["top1_decided"] is None else found["top1_decided"]
-    worst_floor = max([floor["kl_mean"], *floor_turns])
-    if worst <= 2 * worst_floor and found["kl_p99"] <= 2 * floor["kl_p99"] and agreed >= 0.99:
+    mean, p99, agreed = _worst([found, *turns])
+    floor_mean, floor_p99, _ = _worst([floor, *floor_turns])
+    if mean <= 2 * floor_mean and p99 <= 2 * floor_p99 and agreed >= 0.99:
         return LOSSLESS
-    if worst <= 0.01 and found["kl_p99"] <= 0.10 and agreed >= 0.99:
+    if mean <= 0.01 and p99 <= 0.10 and agreed >= 0.99:
         return NEAR
-    return GOOD if worst <= 0.03 and agreed >= 0.97 else LOSSY
+    return GOOD if mean <= 0.03 and agreed >= 0.97 else LOSSY
+
+
+def _worst(some: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """Mean KL, its 99th percentile, and the share of decided positions that agree."""
+    agreed = [one["top1_decided"] for one in some if one["top1_decided"] is not None]
+    return max(one["kl_mean"] for one in some), max(one["kl_p99"] for one in some), min(agreed, default=1.0)

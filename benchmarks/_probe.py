@@ -64,7 +64,8 @@ class Probe:
         own = n_groups * (n_tokens - history)
         picked = n_groups * history if chosen is None else int((chosen.positions >= 0).sum())
         forms = (None, None) if chosen is None else (chosen.keys, chosen.values)
-        exact = sum(own + (picked if form is None else 0) for form in forms)
+        beside = 0 if chosen is None else n_groups * chosen.exact  # of those that a form stands in for
+        exact = sum(own + (picked if form is None else beside) for form in forms)
         self.kv_bytes += exact * head_dim * keys.element_size()
         self.form_bytes += 0 if chosen is None else chosen.nbytes
         selector = selection._selectors[layer] if selection is not None else None

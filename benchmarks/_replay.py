@@ -37,9 +37,14 @@ def answered(model: Model, cache: SessionCache, prompt: Sequence[int], answer: S
     for token in answer[:-1]:
         rows.append(model.step([Feed(cache, [token], cache.length, cache.selection, decoding=True)], [0])[0])
         cache.length += 1
+    raise_failure(cache)
+    return torch.stack(rows)
+
+
+def raise_failure(cache: SessionCache) -> None:
+    """Attention is full where a policy fails: that would be measured in its name."""
     if cache.selection is not None and cache.selection.failure is not None:
         raise cache.selection.failure
-    return torch.stack(rows)
 
 
 @dataclass
@@ -97,8 +102,12 @@ def between_turns(model: Model, cache: SessionCache) -> None:
 
 
 def hot_bytes(cache: SessionCache, selection: Selection, *, offloaded: bool) -> int:
-    """Bytes that a session takes of the memory the model computes in: indexes, and the exact KV that is resident."""
-    return selection.nbytes + resident_bytes(cache, offloaded=offloaded)
+    """Bytes that a session takes of the memory the model computes in: indexes, a prior, and the resident exact KV.
+
+    This is the daemon's own count (SessionCache.nbytes), computed; hot_bytes.py measures a real daemon's memory.
+    """
+    prior = cache.prior.nbytes if cache.prior is not None and selection.policy.wants_prior else 0
+    return selection.nbytes + prior + resident_bytes(cache, offloaded=offloaded)
 
 
 def resident_bytes(cache: SessionCache, *, offloaded: bool) -> int:

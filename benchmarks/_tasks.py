@@ -102,14 +102,20 @@ def many_shot(chat: Chat, n_shots: int = 80, n_turns: int = 8) -> Conversation:
 
 
 def replayed_chat(chat: Chat, n_turns: int = 10, n_answer: int = 24) -> Conversation:
-    """T5: real exchanges, teacher-forced; the first `n_answer` tokens of each reply are scored."""
+    """T5: real exchanges, teacher-forced; `n_answer` tokens of each reply are scored, from its second on: the first
+    one's logits come from the prompt, which most policies let attend to everything.
+    """
     filler = chat.ids(chat.head + plain(chat))
     turns = []
     for number in range(n_turns):
         user, reply = chat.exchange(400, 600)
         ids = chat.ids(reply)
-        closing = ids[n_answer:] + chat.ids(chat.next)
-        turns.append(Turn(filler, chat.ids(user + chat.reply), ids[:n_answer], closing, "reply", number))
+        while len(ids) < 2:  # nothing is left to score
+            user, reply = chat.exchange(400, 600)
+            ids = chat.ids(reply)
+        stem, answer, rest = ids[:1], ids[1 : 1 + n_answer], ids[1 + n_answer :]
+        closing = rest + chat.ids(chat.next)
+        turns.append(Turn(filler, chat.ids(user + chat.reply), answer, closing, "reply", number, stem=stem))
         filler = []
     return Conversation("T5", turns)
 

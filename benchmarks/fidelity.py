@@ -3,7 +3,8 @@
 Conversations are replayed token by token over a long history that all policies share (prefilled once, with full
 attention), so nothing diverges; the reference is our own full attention over the same KV. `chunking` is the floor: full
 attention over a history that was computed in other pieces. `oracle` knows all weights, `random` none. Turns before the
-last one stand at smaller depths, with the same budget; the figures proper are those of the last turn.
+last one stand at smaller depths, with the same budget; the figures proper are those of the last turn. The first token
+of an answer is not scored: its logits come from the prompt, which most policies let attend to everything.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Result:
             **self.last.told(),
             **self.contender.told(),
             "by_depth": [
-                {"depth": depth, **{k: found[k] for k in ("kl_mean", "kl_p99", "n")}} for depth, found in by_turn
+                {"depth": depth, **{k: found[k] for k in ("kl_mean", "kl_p99", "top1_decided", "n")}}
+                for depth, found in by_turn
             ],
         }
 
@@ -110,9 +112,10 @@ class Replay:
     def _add(
         self, result: Result, start: int, reference: torch.Tensor, logits: torch.Tensor, answer: list[int], last: bool
     ) -> None:
-        result.turns.setdefault(start, Distance()).add(reference, logits, answer)
+        decoded = reference[1:], logits[1:], answer[1:]
+        result.turns.setdefault(start, Distance()).add(*decoded)
         if last:
-            result.last.add(reference, logits, answer)
+            result.last.add(*decoded)
 
 
 def table(told: dict[str, dict[str, Any]], columns: tuple[str, ...]) -> str:
@@ -127,10 +130,6 @@ def _cell(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}"
 
 
-def kl_by_depth(found: dict[str, Any]) -> list[float]:
-    return [turn["kl_mean"] for turn in found["by_depth"]]
-
-
 def summary(told: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The figures that have names of their own, as far as their policies were measured."""
     kl = {name: found["kl_mean"] for name, found in told.items()}
@@ -142,7 +141,7 @@ def summary(told: dict[str, dict[str, Any]]) -> dict[str, float]:
         if first in kl and second in kl:
             found[name] = kl[first] / kl[second]
     if "sieve" in told:
-        found["hot_bytes_sieve"] = told["sieve"]["hot_share"]
+        found["hot_bytes_sieve_counted"] = told["sieve"]["hot_share"]
     return found
 
 
@@ -152,7 +151,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=6)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--turns", type=int, default=3, help="turns before the answer included, at even depths")
-    parser.add_argument("--answer", type=int, default=96, help="tokens scored in each last turn; a quarter in others")
+    parser.add_argument("--answer", type=int, default=96, help="tokens of a last turn; a quarter in others")
     parser.add_argument("--share", type=float, default=0.06, help="of the context that is attended to")
     parser.add_argument("--policies", help="names with commas between; all without it")
     parser.add_argument("--kvpress", action="store_true", help="rows of kvpress's methods too")
@@ -176,9 +175,10 @@ def main() -> None:
     told["chunking"] = replay.floor.told()
     floor = told["chunking"]
     for found in told.values():
-        found["grade"] = grade(found, floor, kl_by_depth(found), kl_by_depth(floor))
+        found["grade"] = grade(found, floor, found["by_depth"], floor["by_depth"])
     if options.kvpress:
-        asked = [{"ids": ids, "n_context": options.context, "prompt": PROMPT} for ids in texts]
+        n = options.context + 1  # the same positions are scored
+        asked = [{"ids": ids, "n_context": n, "prompt": PROMPT + 1} for ids in texts]
         told |= peer(options.model, asked, budget)["policies"]
     for columns in ((*COLUMNS, "grade"), INSIDE, (*BYTES, "hot_share")):
         out.print(table(told, columns) + "\n", markup=False, soft_wrap=True)

@@ -59,7 +59,8 @@ def main() -> None:
         if options.texts is None:
             tokenizer, n_tokens = load_tokenizer(path), options.context + options.answer
             texts = conversations(tokenizer, options.data, options.conversations, n_tokens, options.seed)
-            file.write_text(json.dumps([{"ids": ids, "n_context": options.context, "prompt": PROMPT} for ids in texts]))
+            n = options.context + 1  # an answer's first token follows the prompt at once: not scored there
+            file.write_text(json.dumps([{"ids": ids, "n_context": n, "prompt": PROMPT + 1} for ids in texts]))
         peer = Path(__file__).with_name("kvpress_peer.py")
         command = [str(python()), str(peer), "--path", str(path), "--texts", str(file), "--budget", str(options.budget)]
         command += ["--answers"] if options.answers else []

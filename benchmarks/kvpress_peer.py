@@ -4,8 +4,8 @@ Runs in an environment of its own (kvpress_env.py): kvpress needs an older trans
 sessiond. As its authors use it: the press is a context manager around the prefill, which removes a share of the keys
 and values for good; what follows attends to what is left, at the positions it had. A text is
 {"ids": [...], "n_context": where the answer begins, "prompt": tokens of the question before that}, and maybe "choices",
-first tokens that an answer may begin with. Each method runs
-query-agnostic (the prompt comes after the compression) and SnapKV query-aware too (the prompt is compressed along).
+first tokens that an answer may begin with. Every method is query-agnostic: the prompt, one token at least, comes after
+the compression, as a prefill's own logits come from before it.
 """
 
 from __future__ import annotations
@@ -25,38 +25,36 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
 METHODS = {
-    "kvpress_snapkv": (SnapKVPress, False),
-    "kvpress_snapkv_aware": (SnapKVPress, True),
-    "kvpress_kvzip": (KVzipPress, False),
-    "kvpress_streamingllm": (StreamingLLMPress, False),
+    "kvpress_snapkv": SnapKVPress,
+    "kvpress_kvzip": KVzipPress,
+    "kvpress_streamingllm": StreamingLLMPress,
 }
 
 
-def answered(model: Any, press: Any, context: list[int], rest: list[int], answer: list[int]) -> Tensor:
-    """Logits [len(answer), V]: `context` under `press`, if any; then `rest` and the answer's tokens by themselves.
+def answered(model: Any, press: Any, context: list[int], prompt: list[int], answer: list[int]) -> Tensor:
+    """Logits [len(answer), V]: `context` under `press`, if any; then `prompt` and the answer's tokens by themselves.
 
     Positions are those of the whole text; what the causal mask counts is what the cache holds, so it is not told them.
     """
+    assert prompt, "the first logits would come from before the compression"
     cache = DynamicCache()
     ids = torch.tensor([context])
     if press is None:
-        last = model.model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
+        model.model(input_ids=ids, past_key_values=cache)
     else:
         with press(model):
-            last = model.model(input_ids=ids, past_key_values=cache).last_hidden_state[:, -1]
-    rows = [] if rest else [model.lm_head(last)[0]]
-    position = len(context)
-    for piece in [rest, *([token] for token in answer[:-1])]:
-        if piece:
-            at = torch.arange(position, position + len(piece))
-            out = model(
-                input_ids=torch.tensor([piece]),
-                position_ids=at[None],
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
-            rows.append(out.logits[0, -1])
-            position += len(piece)
+            model.model(input_ids=ids, past_key_values=cache)
+    rows, position = [], len(context)
+    for piece in [prompt, *([token] for token in answer[:-1])]:
+        at = torch.arange(position, position + len(piece))
+        out = model(
+            input_ids=torch.tensor([piece]),
+            position_ids=at[None],
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        rows.append(out.logits[0, -1])
+        position += len(piece)
     return torch.stack(rows).float()
 
 
@@ -131,11 +129,10 @@ def main() -> None:
             history, prompt, answer = ids[: n - n_prompt], ids[n - n_prompt : n], ids[n:]
             reference = answered(model, None, history, prompt, answer)
             answers["kvpress_full"].append(scored(text, reference, reference))
-            for name, (press, aware) in METHODS.items():
+            for name, press in METHODS.items():
                 began = time.perf_counter()
-                context, rest = (history + prompt, []) if aware else (history, prompt)
-                made = press(compression_ratio=removed(len(context), options.budget))
-                logits = answered(model, made, context, rest, answer)
+                made = press(compression_ratio=removed(len(history), options.budget))
+                logits = answered(model, made, history, prompt, answer)
                 seconds[name] += time.perf_counter() - began
                 found[name].append(distances(reference, logits))
                 answers[name].append(scored(text, reference, logits))

@@ -1,7 +1,8 @@
 """Whether facts survive: late needs, copies, changes, mappings, long chats, edges. Markdown, then one JSON line last.
 
 Every method is asked the same questions over the same KV, which full attention computed once; what a method chose is
-chosen before the next question exists. `--history own` lets each method live with its own answers instead.
+chosen before the next question exists. So H2O and a SnapKV that compresses once, which choose while history is
+prefilled, are not among them: recall.py has both. `--history own` lets each method live with its own answers instead.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from sessiond import modelstore
 from sessiond.model import Model, load_tokenizer
 from sessiond.policies.base import Policy
 from sessiond.policies.full import Full
-from sessiond.policies.registry import parse
 
 DEFAULT_COUNTS = {"T1": 4, "T2": 2, "T3": 2, "T4": 1, "T5": 2, "T6": 2}
 CHOICES = ("right", "retention", "retention_again", "reverse_flips")
@@ -68,10 +68,10 @@ def run(
 def run_own(
     model: Model, chat: Chat, conversation: Conversation, policies: dict[str, Policy], number: int, scores: Scores
 ) -> None:
-    """The same, each method with a memory and answers of its own. What wants scores has none: it attends to all."""
-    references = live(model, conversation, Full())
+    """The same, each method with a memory and answers of its own."""
+    references = live(model, chat, conversation, Full())
     for name, policy in {"full": Full(), **policies}.items():
-        found = references if name == "full" else live(model, conversation, policy)
+        found = references if name == "full" else live(model, chat, conversation, policy)
         for index, (turn, logits, reference) in enumerate(zip(conversation.turns, found, references, strict=True)):
             scores[name].append(score(turn, logits, reference, number, index))
 
@@ -129,9 +129,7 @@ def main() -> None:
     wanted = counts(options.tasks, options.times)
     spin_as_the_daemon()
     model = load_model(options.model)
-    offered = contenders(options.budget, options.share, model.facts)
-    offered["snapkv_once"] = parse("snapkv", {"budget": options.budget, "once": True})
-    policies = only(offered, options.policies)
+    policies = only(contenders(options.budget, options.share, model.facts), options.policies)
     tokenizer = load_tokenizer(modelstore.resolve(options.model).path)
     text = exchanges(options.data, options.seed)
     run_one = run if options.history == "gold" else run_own

@@ -315,6 +315,14 @@ def test_every_policy_chooses_in_both_layers(recall: ModuleType) -> None:
         assert all(policy.selector(layer, 2) is not None for layer in range(2)), name
 
 
+def test_a_loss_is_bounded_by_later_turns_only(recall: ModuleType) -> None:
+    """In the first turn there is nothing to lose."""
+    result = recall.Result(right=[[False, True, True, True]] * 5, index_bytes=[0.0])
+    told = recall.told(result, torch.ones(5, 4, dtype=torch.bool), torch.full((5,), 1), 1)
+    assert told["only_full_right"] == 5
+    assert told["loss_bound"] == 3 / 15
+
+
 def test_a_policy_that_is_not_here_is_an_error(
     recall: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from engine_harness import DETOKENIZER, make_pair, random_ids
 
 from sessiond.policies.base import Taken
+from sessiond.policies.full import Full
+from sessiond.policies.registry import parse
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 TEXT = [(f"question {n} about some things", f"reply {n} " + "with quite a few words in it " * 12) for n in range(40)]
@@ -84,7 +87,7 @@ def test_the_answer_is_one_of_the_choices(load: Any, tasks: ModuleType, name: st
         assert len(set(turn.choices)) == len(turn.choices)
 
 
-@pytest.mark.parametrize("name", ["T1", "T2", "T3", "T4", "T6"])
+@pytest.mark.parametrize("name", ["T1", "T2", "T3", "T4", "T5", "T6"])
 def test_an_answer_is_decoded_after_steps_that_a_policy_chose_for(load: Any, tasks: ModuleType, name: str) -> None:
     """A prompt may attend to all of history, and with it the first token that follows."""
     assert all(turn.stem for turn in tasks.TASKS[name](a_chat(load)).turns)
@@ -200,24 +203,27 @@ def figures(kl: float, p99: float, decided: float | None = 1.0) -> dict[str, flo
 @pytest.mark.parametrize(
     ("found", "turns", "word"),
     [
-        (figures(0.003, 0.012), [0.003], "lossless"),
-        (figures(0.003, 0.012), [0.001, 0.0031], "near-lossless"),
+        (figures(0.003, 0.012), [figures(0.003, 0.012)], "lossless"),
+        (figures(0.003, 0.012), [figures(0.001, 0.01), figures(0.0031, 0.01)], "near-lossless"),
+        (figures(0.003, 0.012), [figures(0.003, 0.013)], "near-lossless"),
+        (figures(0.003, 0.012), [figures(0.003, 0.012, 0.98)], "good"),
+        (figures(0.003, 0.012), [figures(0.003, 0.012, None)], "lossless"),
         (figures(0.003, 0.013), [], "near-lossless"),
         (figures(0.01, 0.1, 0.99), [], "near-lossless"),
         (figures(0.01, 0.101, 0.99), [], "good"),
         (figures(0.002, 0.01, 0.98), [], "good"),
         (figures(0.03, 9.0, 0.97), [], "good"),
-        (figures(0.03, 9.0, 0.97), [0.031], "lossy"),
+        (figures(0.03, 9.0, 0.97), [figures(0.031, 9.0)], "lossy"),
         (figures(0.002, 0.01, 0.96), [], "lossy"),
         (figures(0.002, 0.01, None), [], "lossless"),
     ],
 )
-def test_a_grade_needs_all_its_conditions(load: Any, found: dict[str, Any], turns: list[float], word: str) -> None:
+def test_a_grade_needs_all_its_conditions(load: Any, found: dict[str, Any], turns: list[Any], word: str) -> None:
     assert load("_grades").grade(found, figures(0.0015, 0.006), turns) == word
 
 
 def test_the_floor_itself_is_lossless_in_its_worst_turn_too(load: Any) -> None:
-    floor, turns = figures(0.0015, 0.006), [0.001, 0.004]
+    floor, turns = figures(0.0015, 0.006), [figures(0.001, 0.01), figures(0.004, 0.005)]
     assert load("_grades").grade(floor, floor, turns, turns) == "lossless"
 
 
@@ -235,9 +241,108 @@ def test_the_worst_hundredth_is_a_mean_of_the_lowest(load: Any) -> None:
 
 
 def test_hot_bytes_are_index_and_resident_kv(load: Any) -> None:
-    cache = SimpleNamespace(length=10, shape=SimpleNamespace(bytes_per_token=100, n_layers=4))
-    assert load("_replay").hot_bytes(cache, SimpleNamespace(nbytes=7), offloaded=False) == 1007
-    assert load("_replay").hot_bytes(cache, SimpleNamespace(nbytes=7), offloaded=True) == 257
+    shape, prior = SimpleNamespace(bytes_per_token=100, n_layers=4), SimpleNamespace(nbytes=40)
+    cache = SimpleNamespace(length=10, shape=shape, prior=prior)
+    plain, scored = (SimpleNamespace(nbytes=7, policy=parse(name, {})) for name in ("sieve", "kvzip"))
+    hot_bytes = load("_replay").hot_bytes
+    assert hot_bytes(cache, plain, offloaded=False) == 1007
+    assert hot_bytes(cache, plain, offloaded=True) == 257
+    assert hot_bytes(cache, scored, offloaded=True) == 297  # it shares its KV with policies that want no prior
+    cache.prior = None
+    assert hot_bytes(cache, scored, offloaded=True) == 257
+
+
+@pytest.mark.parametrize(
+    ("form", "exact", "kv_rows"), [(False, 0, 2 * (5 + 1)), (True, 0, 2 * (5 + 1) - 4), (True, 1, 2 * (5 + 1) - 2)]
+)
+def test_what_is_read_exactly_beside_a_form_counts(load: Any, form: bool, exact: int, kv_rows: int) -> None:
+    """Two heads chose three and one of four earlier positions, and have a token of their own."""
+    at = torch.tensor([[0, 1, 3], [2, -1, -1]])
+    keys = torch.zeros(2, 5, 8)
+    taken = Taken(at, torch.zeros(2, 3, 8) if form else None, None, "a form", 0, exact)
+    probe = load("_probe").Probe()
+    probe._count_bytes(keys, 4, taken, None, 0)
+    assert probe.kv_bytes == kv_rows * 8 * 4
+
+
+def test_an_answers_first_token_is_not_scored(load: Any) -> None:
+    """It follows the prompt, which attended to everything."""
+    fidelity, model = load("fidelity"), make_pair("llama").ours
+    policies = {"random": load("_references").Random(16), "snapkv": parse("snapkv", {"budget": 16})}
+    replay = fidelity.Replay(model, lambda text: [1, 2, 3], policies, 200, 2, 12)
+    replay.conversation(random_ids(212, 1))
+    told = {name: result.told() for name, result in replay.results.items()}
+    told["chunking"] = replay.floor.told()
+    assert [one["n"] for one in told.values()] == [11, 11, 11]
+    assert [turn["n"] for turn in told["snapkv"]["by_depth"]] == [7, 11]
+    assert min(replay.results["snapkv"].last.kl) > 0
+
+
+def lived(load: Any, policy: Any) -> list[torch.Tensor]:
+    """A conversation of two turns with its own answers."""
+    chat = SimpleNamespace(ids=lambda text: [len(text) % 200], reply="r")
+    turn = load("_dialogue").Turn
+    ids = random_ids(358, 5)
+    turns = [turn(ids[:300], ids[300:320], ids[320:324], ids[324:326], "first", stem=ids[326:328])]
+    turns.append(turn([], ids[330:350], ids[350:354], ids[354:356], "first", stem=ids[356:358]))
+    conversation = load("_dialogue").Conversation("T", turns)
+    with torch.inference_mode():
+        found: list[torch.Tensor] = load("_own_history").live(make_pair("llama").ours, chat, conversation, policy)
+    return found
+
+
+def test_a_method_that_wants_scores_has_them_with_its_own_answers_too(load: Any) -> None:
+    full = lived(load, Full())
+    assert [rows.shape[0] for rows in full] == [4, 4]
+    for rows, others in zip(full, lived(load, parse("kvzip", {"share": 0.1})), strict=True):
+        assert not torch.equal(rows, others)
+
+
+def test_a_method_that_fails_with_its_own_answers_gives_no_figure(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it fails behind all that is scored."""
+    from sessiond.policies.window import WindowSelector
+
+    step, closing = WindowSelector.step, 300 + 20 + 2 + 4  # where the first turn's closing begins
+
+    def broken(self: Any, view: Any) -> Any:
+        if view.start == closing:
+            raise ZeroDivisionError("a policy's own")
+        return step(self, view)
+
+    monkeypatch.setattr(WindowSelector, "step", broken)
+    with pytest.raises(ZeroDivisionError):
+        lived(load, parse("window", {}))
+
+
+def test_methods_that_choose_by_the_prefills_queries_are_no_contenders(load: Any) -> None:
+    names = load("_contenders").contenders(96, 0.06, make_pair("llama").ours.facts)
+    assert {"sieve", "snapkv", "kvzip"} <= names.keys()
+    assert not {"h2o", "snapkv_once"} & names.keys()
+
+
+def exact_after(load: Any, name: str) -> dict[str, Any]:
+    script = load("exact_after_policy")
+
+    def session() -> Any:
+        return script.Session(make_pair("llama").ours, DETOKENIZER, lambda text: [len(text) % 200])
+
+    policy, ids = parse(name, script.SMALL.get(name, {})), random_ids(390, 7)
+    turns = [(part, policy) for part in (ids[:300], ids[300:350], ids[350:])]  # the second answer is in a whole cell
+    with torch.inference_mode():
+        found: dict[str, Any] = script.is_exact(session, turns)
+    return found
+
+
+@pytest.mark.parametrize("name", ["full", "sieve", "kvzip"])
+def test_sealing_is_compared_with_full_attention_throughout(load: Any, name: str) -> None:
+    found = exact_after(load, name)
+    assert found == {"exact": True, "was_another": name != "full", "cells": 3}
+    assert load("exact_after_policy").unproven({name: found}, [name]) == []
+
+
+def test_a_policy_that_changed_nothing_proves_nothing(load: Any) -> None:
+    told = {name: {"was_another": False} for name in ("full", "auto", "sieve")} | {"quest": {"was_another": True}}
+    assert load("exact_after_policy").unproven(told, list(told)) == ["sieve"]
 
 
 def a_turn(load: Any, kind: str = "first") -> Any:
