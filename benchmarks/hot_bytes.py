@@ -2,12 +2,14 @@
 
 A daemon makes several sessions that share a long document (one computes it, the others copy), lets each answer two
 turns and settle, and tells its proportional set size: the slope over the sessions is what one takes, exact KV, indexes
-and all. Pages that only the page cache holds are not the daemon's. The document is short enough for small pages.
+and all. Pages that only the page cache holds are not the daemon's, nor are those of the store's files. The document is
+short enough for small pages.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,33 @@ POLICIES: dict[str, dict[str, Any]] = {
     "shadowkv": {"name": "shadowkv"},
     "int4": {"name": "int4"},
 }
+MAPPING = re.compile(r"[0-9a-f]+-[0-9a-f]+ ")
 out = console()
 
 
 def resident_bytes(pid: int) -> int:
-    """Proportional set size of a process: its own memory, and its share of what it has mapped with others."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("this system tells no proportional set size")
+    """Proportional set size of a process, without the store's own files: what these map is the kernel's to take back.
+
+    Pages of offloaded KV that are mapped count.
+    """
+    total, counts = 0, True
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if MAPPING.match(line):
+            counts = not line.endswith("data.mdb")
+        elif counts and line.startswith("Pss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def settled_bytes(pid: int) -> int:
+    """The same, when three looks in a row agree: indexes have caught up, and KV lies in its tier."""
+    seen: list[int] = []
+    for _ in range(60):
+        seen.append(resident_bytes(pid))
+        if len(seen) > 2 and max(seen[-3:]) - min(seen[-3:]) < 1 << 20:
+            return seen[-1]
+        time.sleep(1.0)
+    raise RuntimeError("the daemon's memory does not settle")
 
 
 def kv_bytes(model: str) -> int:
@@ -51,9 +71,9 @@ def session_bytes(daemon: DaemonProcess, policy: dict[str, Any], text: str, n_se
         wait_settled(session, 128)
         run_turn(session, "And what else?", max_tokens=24)
         wait_settled(session, 128)
-        time.sleep(2.0)  # indexes catch up, KV moves to its tier
+        time.sleep(1.0)
         tokens = int(session.refresh().proto.token_count)
-        seen.append(resident_bytes(daemon.pid))
+        seen.append(settled_bytes(daemon.pid))
     return (seen[-1] - seen[0]) / n_sessions, tokens, int(client.stats().memory_bytes_by_tier["device"])
 
 

@@ -91,7 +91,7 @@ class FakeModel:
         self.max_context = CONTEXT
         self.shape = SHAPE
         self.facts = ModelFacts(SHAPE.n_layers, SHAPE.n_kv_heads, SHAPE.head_dim, tuple(range(SHAPE.n_layers)), CONTEXT)
-        self.rope = None
+        self.rope = self.sliding_window = None
         self.eos_ids = (STOP,)
         self._left: int | None = None  # tokens that may still be sampled; None: any number
         self._let = threading.Condition()
