@@ -55,9 +55,9 @@ async def test_sessions_answer_the_same_alone_and_together(daemon, peer: Peer, k
     packed = []
     step = daemon.desk.engine.model.step
 
-    def noted(feeds, rows):
+    def noted(feeds, rows, *rest):
         packed.append(len(feeds))
-        return step(feeds, rows)
+        return step(feeds, rows, *rest)
 
     daemon.desk.engine.model.step = noted
     for number, text in enumerate(TEXTS):
