@@ -415,7 +415,7 @@ class Scheduler:
         work, error = self.scoring[0], None
         try:
             if not work.scoring.is_over:
-                self.counters.probed += work.scoring.advance(self.model, self._gives_way_for(work))
+                self.counters.probed += work.scoring.run_piece(self.model, self._gives_way_for(work))
             work.abandoned = 0
         except InterruptedStepError:
             work.abandoned += 1

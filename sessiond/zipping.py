@@ -62,7 +62,7 @@ class Scoring:
         """Where the longest probe ends; the history's own end if there is none."""
         return max((one.position + len(one.token_ids) for one in self._probes), default=self._cache.length)
 
-    def advance(self, model: Model, gives_way: Callable[[], bool] | None = None) -> int:
+    def run_piece(self, model: Model, gives_way: Callable[[], bool] | None = None) -> int:
         """Run the next piece; with a probe's last one its chunk is scored. Returns the number of tokens computed.
 
         Raises InterruptedStepError where it gives way: the piece runs again next time.
@@ -106,7 +106,7 @@ def score(
     room = min(cache.capacity, model.max_context) - cache.length
     scoring = Scoring(cache, ids, instruction, n_system=n_system, room=room, piece=piece, chunk=chunk)
     while not scoring.is_over:
-        scoring.advance(model)
+        scoring.run_piece(model)
     return cache.prior
 
 
