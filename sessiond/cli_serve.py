@@ -49,7 +49,7 @@ def serve(
     seal: Annotated[bool | None, _flag("Make provisional state exact while idle. [yes]", _COMPUTE)] = None,
     memory_budget_bytes: Annotated[int | None, _flag("State in memory. [8 GiB]", _MEMORY)] = None,
     offload: Annotated[
-        bool | None, _flag("Exact KV that policies read little of lies in a file. [yes]", _MEMORY)
+        bool | None, _flag("Exact KV that is read little lies in a file. [yes]", _MEMORY)
     ] = None,
     idle_seconds: Annotated[float | None, _flag("Idle sessions leave memory. [600]", _MEMORY)] = None,
     max_queued_turns: Annotated[int | None, _flag("More are refused. [256]", _TURNS)] = None,
