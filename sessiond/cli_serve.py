@@ -48,9 +48,7 @@ def serve(
     cell_tokens: Annotated[int | None, _flag("128 or 256; fixed with the data directory.", _COMPUTE)] = None,
     seal: Annotated[bool | None, _flag("Make provisional state exact while idle. [yes]", _COMPUTE)] = None,
     memory_budget_bytes: Annotated[int | None, _flag("State in memory. [8 GiB]", _MEMORY)] = None,
-    offload: Annotated[
-        bool | None, _flag("Exact KV that is read little lies in a file. [yes]", _MEMORY)
-    ] = None,
+    offload: Annotated[bool | None, _flag("Exact KV that is read little lies in a file. [yes]", _MEMORY)] = None,
     idle_seconds: Annotated[float | None, _flag("Idle sessions leave memory. [600]", _MEMORY)] = None,
     max_queued_turns: Annotated[int | None, _flag("More are refused. [256]", _TURNS)] = None,
     detached_turn_seconds: Annotated[float | None, _flag("A turn nobody hears goes on. [60]", _TURNS)] = None,
