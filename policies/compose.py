@@ -103,17 +103,17 @@ class Layers(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class Viewed(Policy):
-    """What `of` chooses, read in `bits` bits; where it chooses all, all in that form."""
+class Around(Policy):
+    """A policy around another: what it does not say itself is as `of` says."""
 
-    name: ClassVar[str] = "viewed"
-    offloads: ClassVar[bool] = True
     of: Policy = field(default_factory=Full)
-    bits: int = 4
 
     def __post_init__(self) -> None:
         _check_policy(self.name, "of", self.of)
-        one_of(self.name, "bits", self.bits, (8, 4, 2))
+
+    @property
+    def offloads(self) -> bool:  # type: ignore[override]
+        return self.of.offloads
 
     @property
     def dense_prompt(self) -> bool:
@@ -132,6 +132,22 @@ class Viewed(Policy):
         self.of.fits(model)
 
     def index_bytes(self, model: ModelFacts) -> int:
+        return self.of.index_bytes(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Viewed(Around):
+    """What `of` chooses, read in `bits` bits; where it chooses all, all in that form."""
+
+    name: ClassVar[str] = "viewed"
+    offloads: ClassVar[bool] = True
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        Around.__post_init__(self)
+        one_of(self.name, "bits", self.bits, (8, 4, 2))
+
+    def index_bytes(self, model: ModelFacts) -> int:
         return self.of.index_bytes(model) + kv_bytes(model, self.bits, GROUP)
 
     def selector(self, layer: int, n_layers: int) -> Selector:
@@ -139,39 +155,19 @@ class Viewed(Policy):
 
 
 @dataclass(frozen=True, slots=True)
-class ByPrior(Policy):
-    """What `of` chooses among the `share` of each head's tokens that the session's prior scores highest.
+class ByPrior(Around):
+    """Of what `of` chooses, the `share` of each head's tokens that the session's prior scores highest.
 
     Tokens without scores stay; without a prior this is `of`.
     """
 
     name: ClassVar[str] = "prior"
     wants_prior: ClassVar[bool] = True
-    of: Policy = field(default_factory=Full)
     share: float = 0.3
 
     def __post_init__(self) -> None:
-        _check_policy(self.name, "of", self.of)
+        Around.__post_init__(self)
         share(self.name, "share", self.share)
-
-    @property
-    def offloads(self) -> bool:  # type: ignore[override]
-        return self.of.offloads
-
-    @property
-    def dense_prompt(self) -> bool:
-        return self.of.dense_prompt
-
-    @property
-    def prior_chunk(self) -> int:
-        return self.of.prior_chunk
-
-    def fits(self, model: ModelFacts) -> None:
-        Policy.fits(self, model)
-        self.of.fits(model)
-
-    def index_bytes(self, model: ModelFacts) -> int:
-        return self.of.index_bytes(model)
 
     def selector(self, layer: int, n_layers: int) -> Selector:
         inner = self.of.selector(layer, n_layers) or Selector()
