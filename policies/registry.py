@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
-from sessiond.errors import UnknownPolicy
+from sessiond.errors import InvalidConfig, UnknownPolicy
 from sessiond.policies.adakv import AdaKV
 from sessiond.policies.auto import Auto
 from sessiond.policies.base import Policy
@@ -22,7 +23,10 @@ from sessiond.policies.sieve import Sieve
 from sessiond.policies.snapkv import SnapKV
 from sessiond.policies.window import Window
 
-POLICIES: dict[str, Callable[..., Policy]] = {
+# Deeper ones would not fit into the messages that tell of them: protobuf reads a hundred levels.
+MOST_DEPTH = 8
+
+POLICIES: dict[str, type[Policy]] = {
     "full": Full,
     "window": Window,
     "h2o": H2O,
@@ -43,20 +47,23 @@ POLICIES: dict[str, Callable[..., Policy]] = {
 }
 
 
-def parse(name: str, knobs: Mapping[str, Any]) -> Policy:
+def parse(name: str, knobs: Mapping[str, Any], depth: int = 0) -> Policy:
     """The policy of that name with those knobs; whole numbers may come as 4.0, as protobuf's Struct has them.
 
-    A knob that is an object with a `name` is itself a policy.
-
-    Raises UnknownPolicy for an unknown name or knob, InvalidConfig for a knob outside its range.
+    A knob that is an object with a `name` is itself a policy, `depth` deep in others. Raises UnknownPolicy for an
+    unknown name or knob, InvalidConfig for a knob outside its range.
     """
     factory = POLICIES.get(name)
     if factory is None:
         raise UnknownPolicy(f"no policy {name!r}; there are {', '.join(sorted(POLICIES))}", policy=name)
-    try:
-        return factory(**{knob: _knob(value) for knob, value in knobs.items()})
-    except TypeError as error:
-        raise UnknownPolicy(f"policy {name!r}: {error}", policy=name) from error
+    known = [field.name for field in fields(factory)]  # type: ignore[arg-type]
+    if unknown := sorted(knobs.keys() - set(known)):
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UnknownPolicy(f"policy {name!r} has no knob {', '.join(unknown)}; {has}", policy=name, knob=unknown[0])
+    if depth > MOST_DEPTH:
+        told = f"policy {name!r}: policies may be within each other {MOST_DEPTH} deep at most"
+        raise InvalidConfig(told, policy=name, knob="of", range=f"{MOST_DEPTH} deep")
+    return factory(**{knob: _knob(value, depth) for knob, value in knobs.items()})
 
 
 def stored(policy: Mapping[str, Any]) -> Policy:
@@ -64,12 +71,14 @@ def stored(policy: Mapping[str, Any]) -> Policy:
     return parse(policy["name"], policy["knobs"])
 
 
-def _knob(value: Any) -> Any:
+def _knob(value: Any, depth: int) -> Any:
     """A knob as a policy takes it: an object with a name is a policy within it."""
     if isinstance(value, Mapping):
         inner = dict(value)
         name = inner.pop("name", None)
-        return parse(name, inner) if isinstance(name, str) else {key: _knob(part) for key, part in inner.items()}
+        if isinstance(name, str):
+            return parse(name, inner, depth + 1)
+        return {key: _knob(part, depth) for key, part in inner.items()}
     if isinstance(value, list | tuple):
-        return tuple(_knob(part) for part in value)
+        return tuple(_knob(part, depth) for part in value)
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -18,7 +18,7 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sessiond.admission import APPEND_ONLY, CONTINUE, NEW_INPUT, TurnRequest
-from sessiond.errors import BadMessage, BadRequest, NotImplementedYet
+from sessiond.errors import BadMessage, BadRequest, InvalidConfig, NotImplementedYet
 from sessiond.sampling import SamplingParams
 from sessiond.template import Message, ToolCall
 from sessiond.v1 import sessions_pb2 as pb
@@ -87,7 +87,13 @@ def sampling(proto: types.Sampling) -> SamplingParams:
 
 
 def policy(proto: types.Policy) -> tuple[str, dict[str, Any]]:
-    return proto.name or "full", MessageToDict(proto.knobs)
+    """Name and knobs. Raises InvalidConfig for a knob that JSON has no number for."""
+    name = proto.name or "full"
+    try:
+        return name, MessageToDict(proto.knobs)
+    except ValueError as error:
+        told = f"policy {name!r}: knobs must be finite numbers"
+        raise InvalidConfig(told, policy=name, knob=", ".join(sorted(proto.knobs)), range="finite numbers") from error
 
 
 def micros(proto: Timestamp | Duration) -> int:

@@ -138,14 +138,25 @@ async def test_a_policy_that_raises_falls_back_to_full_and_says_so(peer: Peer, m
     assert turn.ids == (await peer.turn(plain, TEXTS[1], max_tokens=N)).ids
 
 
+def nested(depth: int) -> dict[str, object]:
+    policy: dict[str, object] = {"name": "full"}
+    for _ in range(depth):
+        policy = {"name": "viewed", "of": policy}
+    return policy
+
+
 @pytest.mark.parametrize(
     ("asked", "knob"),
     [
+        (nested(9), "of"),
+        (nested(30), "of"),
+        ({"name": "sieve", "mass": float("nan")}, "mass"),
+        ({"name": "window", "recent": float("-inf")}, "recent"),
         ({"name": "shadowkv", "rank": 60000}, "rank"),
         ({"name": "layers", "rules": [{"layers": "0-99", "policy": {"name": "sieve"}}]}, "rules"),
         ({"name": "viewed", "of": {"name": "auto"}}, "of"),
     ],
-    ids=["rank", "layers", "nested"],
+    ids=["deep", "deeper", "nan", "inf", "rank", "layers", "nested"],
 )
 async def test_one_that_does_not_fit_the_model_is_refused_with_what_would(
     peer: Peer, asked: dict[str, object], knob: str
@@ -156,3 +167,18 @@ async def test_one_that_does_not_fit_the_model_is_refused_with_what_would(
             await refuse
         assert caught.value.metadata["knob"] == knob
         assert caught.value.metadata["range"]
+
+
+async def test_policies_within_each_other_as_deep_as_allowed_are_listed_and_told(peer: Peer):
+    session = (await peer.create(system="x", policy=nested(8))).session_id
+    assert [one.session_id for one in (await peer.list()).sessions] == [session]
+    await peer.turn(session, "Hi", max_tokens=2)
+    told = await peer.call(peer.sessions.ExplainTurn, pb.ExplainTurnRequest(session_id=session))
+    assert told.turns[0].policy == (await peer.get(session)).policy
+
+
+async def test_an_unknown_knob_is_refused_with_those_there_are(peer: Peer):
+    with refused("UNKNOWN_POLICY", StatusCode.INVALID_ARGUMENT) as caught:
+        await peer.create(system="x", policy={"name": "viewed", "of": {"name": "sieve", "moost": 3}})
+    assert caught.value.metadata["knob"] == "moost"
+    assert "least, most" in str(caught.value)
