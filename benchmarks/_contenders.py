@@ -12,7 +12,7 @@ from _references import Oracle, Random
 
 from sessiond.errors import InvalidConfig
 from sessiond.policies.base import ModelFacts, Policy
-from sessiond.policies.registry import POLICIES, parse
+from sessiond.policies.registry import parse
 
 # Knobs that give a policy a budget of tokens; where it is a share of history, `share`.
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,8 +28,8 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 def contenders(budget: int, share: float, facts: ModelFacts) -> dict[str, Policy]:
     """Every method attending to about `budget` tokens, or `share` of history, and what it is measured against.
 
-    Full history in few bits attends to all. Policies that this tree does not have, or the model cannot take, are left
-    out: what is missing from a table was not measured.
+    Full history in few bits attends to all. Policies that the model cannot take are left out: what is missing from a
+    table was not measured.
     """
     found: dict[str, Policy] = {
         "oracle": Oracle(budget),
@@ -45,8 +45,6 @@ def contenders(budget: int, share: float, facts: ModelFacts) -> dict[str, Policy
     # ShadowKV's outliers and newest chunks of 8 are within the budget: at most half of a small one.
     given = {"budget": budget, "share": share, "outliers": min(12, budget // 32), "local": min(4, budget // 32)}
     for name, (policy, knobs) in _OTHERS.items():
-        if policy not in POLICIES:
-            continue
         try:
             made = parse(policy, {knob: given.get(str(value), value) for knob, value in knobs.items()})
             made.fits(facts)

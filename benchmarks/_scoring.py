@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from sessiond.cache import SessionCache
 from sessiond.model import Model
 from sessiond.policies.base import Policy
+from sessiond.policies.probing import Instruction
+from sessiond.zipping import PART, WHOLE, score
 
 
 def score_history(
@@ -18,10 +20,7 @@ def score_history(
     reply: str = "\n\n",
 ) -> None:
     """Score what the cache holds of `ids` if one of `policies` wants it; `reply` stands between request and answer."""
-    if not any(getattr(policy, "wants_prior", False) for policy in policies):
+    if not any(policy.wants_prior for policy in policies):
         return
-    from sessiond.policies.probing import Instruction
-    from sessiond.zipping import PART, WHOLE, score
-
     before, after = PART.split("{}")
     score(model, cache, ids, Instruction(encode(WHOLE + reply), encode(before), encode(after + reply)))

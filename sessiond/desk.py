@@ -240,6 +240,10 @@ class Desk:
         """What a policy may go by when a turn of `n_tokens` in all is planned."""
         return Situation(n_tokens, self.hot_bytes / self.settings.memory_budget_bytes, live.attention_mass)
 
+    def policy_now(self, live: Live, record: SessionRecord) -> Policy:
+        """What a turn of the session would run under that adds nothing to it."""
+        return registry.stored(record.policy).settle_on(self.situation(live, len(live.ids)))[0]
+
     async def make_room(self, live: Live, policy: Policy, held: int, tokens: int) -> None:
         """Push out idle sessions, least recently used first, until this one fits with `tokens`. Raises MemoryBudget.
 
@@ -349,9 +353,8 @@ class Desk:
                 await self._seal(live)
             await self.persist(live, gently=True)
             await self._rest(live)
-            policy, _ = registry.stored(record.policy).settle_on(self.situation(live, len(live.ids)))
-            await self._place(live, policy)
-            await self._score(live, record)
+            await self._place(live, self.policy_now(live, record))
+            await self._score(live, registry.stored(record.policy))
         except DiskFull as error:
             live.unsaved = True  # the keeper tries again when there is space
             log.warning("KV waits for disk space", session=live.session_id, error=error.message)
@@ -365,9 +368,9 @@ class Desk:
         upto = len(live.ids) // self.store.cell_tokens * self.store.cell_tokens
         await self.seal_cells(live.owner, live.cache, live.ids.tolist(), upto)
 
-    async def _score(self, live: Live, record: SessionRecord) -> None:
+    async def _score(self, live: Live, policy: Policy) -> None:
         """Score what a session's prior lacks, if its policy wants one, and make that durable."""
-        policy, cache = registry.stored(record.policy), live.cache
+        cache = live.cache
         if not policy.wants_prior or cache is None or cache.length > len(live.ids) or live.turn is not None:
             return
         scoring = self._scoring(live, cache, policy.prior_chunk)

@@ -36,7 +36,6 @@ from sessiond.live import Live
 from sessiond.modelidentity import differing_fields
 from sessiond.newsession import begin_session, made_before
 from sessiond.paging import format_page_token, page_length, parse_page_token
-from sessiond.policies import registry
 from sessiond.restoring import Restoration
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import Listed
@@ -297,8 +296,7 @@ class Sessions:
             if live.cache is None:
                 try:
                     held = len(live.ids)
-                    policy, _ = registry.stored(record.policy).settle_on(self.desk.situation(live, held))
-                    await self.desk.make_room(live, policy, held, held)
+                    await self.desk.make_room(live, self.desk.policy_now(live, record), held, held)
                     report = await self.desk.warm(live, share=record.seal)
                 finally:
                     live.give_room_back()
