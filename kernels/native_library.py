@@ -11,4 +11,6 @@ except ImportError:  # installed without a C compiler: every kernel falls back t
 
 lib: Any = _lib
 BUILT: bool = lib is not None
-AVX512_BF16: bool = BUILT and bool(lib.has_avx512_bf16())
+# Instructions that the kernels find here: 0 portable, 1 AVX2, 2 AVX-512 with BF16 and VNNI; -1: nothing is compiled.
+ISA: int = lib.isa_here() if BUILT else -1
+AVX512_BF16: bool = ISA == 2

@@ -156,6 +156,10 @@ class Model:
         for n_tokens in (cell_tokens, 16, 1):
             self.step([Feed(cache, [0] * n_tokens, 0)], [n_tokens - 1])
 
+    def begin(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> StepUnderWay:
+        """`step` in pieces: nothing is computed before its `advance` is called."""
+        return StepUnderWay(self, feeds, logit_rows)
+
     @torch.inference_mode()
     def step(
         self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
@@ -186,6 +190,18 @@ class Model:
         )
         logits: Tensor = output.logits[0]
         return logits.float()
+
+
+class StepUnderWay:
+    """A forward step that can rest between two layers. Until it is over, KV is written in some layers only."""
+
+    def __init__(self, model: Model, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> None:
+        self._model, self._feeds, self._logit_rows = model, feeds, logit_rows
+
+    def advance(self, enough: Callable[[], bool]) -> Tensor | None:
+        """Compute layers, at least one, until `enough` says so between two of them. Returns what `step` does once all
+        are computed, None before."""
+        return self._model.step(self._feeds, self._logit_rows)
 
 
 class FewRowLinear(nn.Linear):

@@ -118,6 +118,7 @@ def test_sdist_can_build_the_wheel(built: Path) -> None:
         "sessiond/errors.py",
         "storage/__init__.py",
         "kernels/native/native.h",
+        "kernels/native/attention.h",
     } <= names
 
 

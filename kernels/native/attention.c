@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "native.h"
+#include "attention.h"
 
 enum { TILE = 16, SPAN = 128, MIN_PART = 512, MAX_PARTS = 16, MANY_ROWS = 32, MAX_DIM = 256 };
 
@@ -32,7 +33,7 @@ struct attention_job {
     float scaling;
 };
 
-INLINE AVX512_BF16 void transpose16(const uint16_t *keys, int64_t head_dim, __m512i out[16]) {
+INLINE AVX512 void transpose16(const uint16_t *keys, int64_t head_dim, __m512i out[16]) {
     __m512i a[16], b[16];
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(keys + i * head_dim);
     for (int i = 0; i < 16; i += 2) {
@@ -56,14 +57,14 @@ INLINE AVX512_BF16 void transpose16(const uint16_t *keys, int64_t head_dim, __m5
 }
 
 /* Pairs of bf16 as one 32-bit lane in every lane. */
-INLINE AVX512_BF16 __m512bh broadcast_pair(const uint16_t *pair) {
+INLINE AVX512 __m512bh broadcast_pair(const uint16_t *pair) {
     uint32_t both;
     __builtin_memcpy(&both, pair, sizeof both);
     return (__m512bh)_mm512_set1_epi32((int)both);
 }
 
 /* scores[r][0..16) = q[r] . k[j] of one transposed tile, for NR rows. */
-INLINE AVX512_BF16 void score_rows(const int NR, const uint16_t *q, const __m512i *tile, int64_t head_dim, float scaling,
+INLINE AVX512 void score_rows(const int NR, const uint16_t *q, const __m512i *tile, int64_t head_dim, float scaling,
                                    float *scores) {
     __m512 acc[8];
     for (int r = 0; r < NR; r++) acc[r] = _mm512_setzero_ps();
@@ -77,7 +78,7 @@ INLINE AVX512_BF16 void score_rows(const int NR, const uint16_t *q, const __m512
 }
 
 /* e^x for x <= 0, relative error below 2e-7; exactly 0 below -87 and for -inf. */
-INLINE AVX512_BF16 __m512 exp_negative(__m512 x) {
+INLINE AVX512 __m512 exp_negative(__m512 x) {
     __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
     __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
     __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -95,7 +96,7 @@ INLINE AVX512_BF16 __m512 exp_negative(__m512 x) {
 }
 
 /* Keys of [at, at + SPAN) that a row must not see become -inf. */
-INLINE AVX512_BF16 void mask_row(float *scores, int64_t at, int64_t low, int64_t high) {
+INLINE AVX512 void mask_row(float *scores, int64_t at, int64_t low, int64_t high) {
     for (int j = 0; j < SPAN; j += 16) {
         __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)(at + j)),
                                        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
@@ -107,7 +108,7 @@ INLINE AVX512_BF16 void mask_row(float *scores, int64_t at, int64_t low, int64_t
 
 /* Scores of one span become bf16 weights e^(s - max); returns what earlier sums are to be multiplied by. A score that is
    no number makes everything NaN, as it does in arithmetic: the comparisons below would hide it. */
-INLINE AVX512_BF16 float soften_row(const float *scores, uint16_t *weights, float *max, float *sum) {
+INLINE AVX512 float soften_row(const float *scores, uint16_t *weights, float *max, float *sum) {
     __m512 top = _mm512_set1_ps(-INFINITY);
     __mmask16 strange = 0;
     for (int j = 0; j < SPAN; j += 16) {
@@ -140,7 +141,7 @@ INLINE AVX512_BF16 float soften_row(const float *scores, uint16_t *weights, floa
 
 /* acc[r][d .. d + 32) = acc * scale[r] + weights[r] @ values, for NR rows. The 32 sums stand in the order in which
    unpacking two rows leaves them; `place` knows it. */
-INLINE AVX512_BF16 void weigh_rows(const int NR, const uint16_t *weights, const uint16_t *values, int64_t head_dim,
+INLINE AVX512 void weigh_rows(const int NR, const uint16_t *weights, const uint16_t *values, int64_t head_dim,
                                    int64_t n_keys, const float *scale, float *acc) {
     __m512 low[8], high[8];
     for (int r = 0; r < NR; r++) {
@@ -169,7 +170,7 @@ INLINE int place(int i) {
     return lane / 4 * 8 + half * 4 + lane % 4;
 }
 
-static AVX512_BF16 void attention_chunk(void *arg, int64_t chunk) {
+static AVX512 void attention_chunk(void *arg, int64_t chunk) {
     const struct attention_job *job = arg;
     const int64_t rows = job->rows, head_dim = job->head_dim, group = chunk / job->n_parts, part = chunk % job->n_parts;
     const uint16_t *q = job->query + group * rows * head_dim;
@@ -219,7 +220,7 @@ static AVX512_BF16 void attention_chunk(void *arg, int64_t chunk) {
 }
 
 /* Joins the parts of one group and rounds. out [n_new][n_heads][head_dim]; row = share * n_new + i. */
-static AVX512_BF16 void join_parts(const struct attention_job *job, int64_t group, int64_t n_heads, uint16_t *out) {
+static AVX512 void join_parts(const struct attention_job *job, int64_t group, int64_t n_heads, uint16_t *out) {
     const int64_t rows = job->rows, head_dim = job->head_dim, n_parts = job->n_parts;
     const int64_t step = state_floats(rows, head_dim) + 2 * rows * SPAN;
     const float *states = job->states + group * n_parts * step;

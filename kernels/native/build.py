@@ -1,4 +1,4 @@
-"""How the compiled kernels are built: cffi reads what native.h exports and writes the extension module around it."""
+"""How the compiled kernels are built: cffi reads what the headers export and writes the extension module around it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 import cffi
 
 FOLDER = Path(__file__).parent
-SOURCES = ("runtime.c", "linear.c", "attention.c", "pack.c")
+SOURCES = sorted(path.name for path in FOLDER.glob("*.c"))
+HEADERS = sorted(name.replace(".c", ".h") for name in SOURCES if (FOLDER / name.replace(".c", ".h")).exists())
 
 
 def exported() -> str:
-    """The declarations of native.h below its last comment."""
-    text = (FOLDER / "native.h").read_text()
-    declarations = text.partition("/* The exported functions")[2].partition("*/")[2].partition("#endif")[0]
-    return re.sub(r"\s+", " ", declarations)
+    """The declarations of the headers named like a source: plain C."""
+    text = "".join((FOLDER / name).read_text() for name in HEADERS)
+    return re.sub(r"^#.*", "", re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL), flags=re.MULTILINE)
 
 
 ffibuilder = cffi.FFI()
 ffibuilder.cdef(exported())
 ffibuilder.set_source(
     "sessiond.kernels._native",
-    '#include "native.h"',
+    "".join(f'#include "{name}"\n' for name in HEADERS),
     sources=[str(Path("kernels/native") / name) for name in SOURCES],
     include_dirs=["kernels/native"],
-    depends=["kernels/native/native.h", "kernels/native/build.py"],
+    depends=[str(Path("kernels/native") / path.name) for path in sorted(FOLDER.glob("*.h"))],
     libraries=["m", "dl"],
     extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wno-parentheses"],
     # Without a compiler the package still installs, and computes with torch.

@@ -4,6 +4,7 @@
    together at the end. The order of additions does not depend on how many rows there are: a row's result is the same
    alone and beside others. */
 #include "native.h"
+#include "linear.h"
 
 #if HAVE_X86
 
@@ -16,7 +17,7 @@ struct linear_job {
 enum { BLOCK = 64 }; /* outputs a chunk, a multiple of 16 */
 
 /* Lane i of the result is the sum of the lanes of acc[i]. */
-INLINE AVX512_BF16 __m512 sum_lanes(const __m512 acc[16]) {
+INLINE AVX512 __m512 sum_lanes(const __m512 acc[16]) {
     __m512 quarter[4];
     for (int i = 0; i < 4; i++) { /* four accumulators side by side in every 128 bits */
         const __m512 *a = acc + 4 * i;
@@ -34,7 +35,7 @@ INLINE AVX512_BF16 __m512 sum_lanes(const __m512 acc[16]) {
 }
 
 /* Sums of NR rows with NO outputs, NR * NO = 16: lane r * NO + o. */
-INLINE AVX512_BF16 __m512 tile(const int NR, const int NO, const uint16_t *x, const uint16_t *w, int64_t n_in) {
+INLINE AVX512 __m512 tile(const int NR, const int NO, const uint16_t *x, const uint16_t *w, int64_t n_in) {
     __m512 acc[16];
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
     for (int64_t k = 0; k < n_in; k += 32) {
@@ -49,7 +50,7 @@ INLINE AVX512_BF16 __m512 tile(const int NR, const int NO, const uint16_t *x, co
 }
 
 /* One output for one row, in the same order of additions. */
-INLINE AVX512_BF16 __m512 single(const uint16_t *x, const uint16_t *w, int64_t n_in) {
+INLINE AVX512 __m512 single(const uint16_t *x, const uint16_t *w, int64_t n_in) {
     __m512 acc[16];
     for (int i = 0; i < 16; i++) acc[i] = _mm512_setzero_ps();
     for (int64_t k = 0; k < n_in; k += 32)
@@ -58,7 +59,7 @@ INLINE AVX512_BF16 __m512 single(const uint16_t *x, const uint16_t *w, int64_t n
 }
 
 /* Lanes r * NO + o go to out[r][o]. */
-INLINE AVX512_BF16 void store(const int NR, const int NO, __m512 sums, const uint16_t *bias, uint16_t *out,
+INLINE AVX512 void store(const int NR, const int NO, __m512 sums, const uint16_t *bias, uint16_t *out,
                               int64_t n_out) {
     if (bias) {
         uint16_t lanes[16];
@@ -72,7 +73,7 @@ INLINE AVX512_BF16 void store(const int NR, const int NO, __m512 sums, const uin
         for (int o = 0; o < NO; o++) out[r * n_out + o] = rounded[r * NO + o];
 }
 
-static AVX512_BF16 void linear_chunk(void *arg, int64_t chunk) {
+static AVX512 void linear_chunk(void *arg, int64_t chunk) {
     const struct linear_job *job = arg;
     int64_t n_in = job->n_in, n_out = job->n_out, rows = job->rows;
     int64_t end = (chunk + 1) * BLOCK < n_out ? (chunk + 1) * BLOCK : n_out;

@@ -1,4 +1,4 @@
-/* What the compiled kernels share. Pointers come from Python as integers; the callers in kernels/ check shapes. */
+/* What all kernels share inside this folder. What a kernel exports is declared in the header of its own name. */
 #ifndef SESSIOND_NATIVE_H
 #define SESSIOND_NATIVE_H
 
@@ -9,30 +9,33 @@
 #define HAVE_X86 1
 #include <immintrin.h>
 /* Functions marked so are compiled for these processors whatever the build's flags, and called only there. */
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,avx2,fma,f16c")))
 #define AVX512_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,bmi2,popcnt")))
-#define INLINE static inline __attribute__((always_inline))
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
 #else
 #define HAVE_X86 0
+#define AVX2
 #endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* The best instructions that kernels may use here: of this processor, unless limit_isa said less. */
+enum isa { ISA_PORTABLE, ISA_AVX2, ISA_AVX512 };
+enum isa isa(void);
 
 /* Runs fn(arg, 0) .. fn(arg, n_chunks - 1), each once, by at most n_threads threads; which runs which is open. */
 typedef void (*chunk_fn)(void *arg, int64_t chunk);
 void parallel_chunks(chunk_fn fn, void *arg, int64_t n_chunks, int n_threads);
 
-/* The exported functions; each is described where it is defined. */
-int has_avx512_bf16(void);
-int has_avx512_vbmi2(void);
-int shares_threads(void);
-void linear_bf16(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, int64_t rows, int64_t n_in,
-                 int64_t n_out, int n_threads);
-int64_t attention_scratch(int64_t n_groups, int64_t rows, int64_t head_dim, int64_t n_keys);
-void attention_bf16(uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t out, uintptr_t scratch,
-                    int64_t n_groups, int64_t group_stride, int64_t n_share, int64_t n_new, int64_t head_dim,
-                    int64_t position, int64_t window, float scaling, int n_threads);
-int64_t pack_exponents(uintptr_t values, int64_t n_groups, int64_t n_tokens, int64_t dim, uintptr_t out,
-                       uintptr_t work);
-int unpack_exponents(uintptr_t coded, int64_t n_bytes, uintptr_t values, int64_t group_stride, int64_t n_groups,
-                     int64_t n_tokens, int64_t dim, int portable);
+INLINE float from_bf16(uint16_t bits) {
+    union { uint32_t bits; float value; } word = {(uint32_t)bits << 16};
+    return word.value;
+}
+
+/* To nearest, ties to even; NaN stays NaN. */
+INLINE uint16_t to_bf16(float value) {
+    union { float value; uint32_t bits; } word = {value};
+    if (value != value) return (uint16_t)(word.bits >> 16 | 0x40);
+    return (uint16_t)((word.bits + 0x7FFF + (word.bits >> 16 & 1)) >> 16);
+}
 
 #endif

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "native.h"
+#include "pack.h"
 
 enum { MAX_WIDTH = 5, MAX_STEPS = 8 };
 

@@ -1,0 +1,24 @@
+"""What `make bench-kernels` measures: a kernel on one shape, beside its reference, with what it must read and compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCase:
+    """`figure`: the name under which its share of the floor is printed, if an issue asks for it.
+
+    `nbytes`: what a call must at least read and write, once; `multiply_adds` of type `kind` (bf16, int8, fp32).
+    `fresh`: called before every run, out of the measured time, so that data comes from memory and not from caches.
+    """
+
+    name: str
+    run: Callable[[], object]
+    reference: Callable[[], object] | None
+    nbytes: int
+    multiply_adds: int = 0
+    kind: str = "bf16"
+    figure: str = ""
+    fresh: Callable[[], object] | None = None

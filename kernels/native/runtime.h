@@ -1,0 +1,12 @@
+/* Exported by runtime.c. */
+#ifndef SESSIOND_RUNTIME_H
+#define SESSIOND_RUNTIME_H
+
+#include <stdint.h>
+
+int isa_here(void);
+void limit_isa(int most);
+int has_avx512_vbmi2(void);
+int shares_threads(void);
+
+#endif
