@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 try:
+    from sessiond.kernels._native import ffi as _ffi
     from sessiond.kernels._native import lib as _lib
 except ImportError:  # installed without a C compiler: every kernel falls back to its reference
-    _lib = None
+    _ffi = _lib = None
 
+ffi: Any = _ffi
 lib: Any = _lib
 BUILT: bool = lib is not None
 # Instructions that the kernels find here: 0 portable, 1 AVX2, 2 AVX-512 with BF16 and VNNI; -1: nothing is compiled.
