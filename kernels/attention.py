@@ -1,19 +1,21 @@
-"""Attention of few new tokens over one session's long history, grouped heads.
+"""Attention of new tokens over sessions' histories, grouped heads.
 
-The reference is also what computes prefill cells: two matrix products per head group over all keys, on the CPU several
-times faster than torch's SDPA for few queries (docs/decisions/0002-reserved-kv.md). The compiled twin reads keys and
-values once and needs no memory for scores: flash-decoding (Dao et al. 2023) on AVX-512 BF16.
+The compiled kernel computes all spans of a step in one call, reads keys and values once and needs no memory for scores:
+flash-decoding for few rows, flash attention for many (Dao et al. 2022, 2023). The reference is two matrix products per
+head group over all keys, on the CPU several times faster than torch's SDPA for few queries
+(docs/decisions/0002-reserved-kv.md).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from sessiond.kernels.native_library import AVX512_BF16, lib
+from sessiond.kernels.native_library import BUILT, ffi, lib
 
-# Up to so many new tokens the compiled kernel is the faster one.
-MOST_TOKENS = 64
 # Up to so many scores all head groups are masked and normalized in one call; beyond, one group stays in cache better.
 SMALL_SCORES = 1 << 18
 
@@ -68,48 +70,85 @@ def attend_reference(
     return out.view(n_heads, n_new, head_dim).transpose(0, 1)
 
 
-def few_tokens_supported(query: Tensor) -> bool:
-    """Whether `attend_few` computes this query [H, Q, D] on this machine."""
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSpan:
+    """New tokens of one session: `query` [H, Q, D] at [position, position + Q), with any strides of heads and tokens.
+
+    `keys`, `values` [G, T, D], T a multiple of 16: positions up to the last query's, what lies behind is no NaN.
+    `out` [Q, H, D] is written.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    position: int
+    out: Tensor
+
+
+def native_attention_supported(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:
+    """Whether `attend_spans` computes such heads on this machine."""
+    return BUILT and dtype is torch.bfloat16 and head_dim % 32 == 0 and head_dim <= 256 and device.type == "cpu"
+
+
+def attend_spans(spans: Sequence[AttentionSpan], window: int | None, scaling: float, scratch: Scratch) -> None:
+    """Attention of every span over its own session, all of one shape of heads, in one call of the kernel.
+
+    Each token sees the keys up to its own, with `window` only the last `window` of them. Sums are fp32, weights are
+    rounded to bf16 where AVX-512 computes. A span's result depends on itself alone: not on threads nor other spans.
+    Raises ValueError for what the kernel does not take.
+    """
+    if not spans:
+        return
+    n_heads, _, head_dim = spans[0].query.shape
+    n_groups = spans[0].keys.shape[0]
+    for span in spans:
+        _check(span, n_heads, n_groups, head_dim)
+    shape = ffi.new("struct attention_shape *", (n_groups, n_heads // n_groups, head_dim, window or 0, scaling))
+    records = ffi.new("struct attention_span[]", [_record(span) for span in spans])
+    n_threads = torch.get_num_threads()
+    n = lib.attention_spans_scratch(shape, records, len(spans), n_threads)
+    states = scratch.take("states", n, torch.float32)
+    lib.attention_spans(shape, records, len(spans), states.data_ptr(), n_threads)
+
+
+def _check(span: AttentionSpan, n_heads: int, n_groups: int, head_dim: int) -> None:
+    query, keys, values, out = span.query, span.keys, span.values, span.out
+    n_new, end = query.shape[1], span.position + query.shape[1]
+    if any(not native_attention_supported(part.dtype, head_dim, part.device) for part in (query, keys, values, out)):
+        raise ValueError(f"the kernel takes no {query.dtype} heads of {head_dim} on {query.device}")
+    if (*query.shape[::2], *keys.shape[::2]) != (n_heads, head_dim, n_groups, head_dim) or n_heads % n_groups:
+        raise ValueError(f"heads {tuple(query.shape)} do not fit keys {tuple(keys.shape)} or the other spans")
+    if values.shape != keys.shape or values.stride() != keys.stride() or keys.stride()[1:] != (head_dim, 1):
+        raise ValueError("keys and values must lie alike, each group in one run")
+    if span.position < 0 or -(-end // 16) * 16 > keys.shape[1]:
+        raise ValueError(f"positions up to {end} are not readable in whole tiles of {tuple(keys.shape)}")
+    if out.shape != (n_new, n_heads, head_dim) or out.stride()[1:] != (head_dim, 1) or query.stride(2) != 1:
+        raise ValueError(f"no room for {tuple(query.shape)} in {tuple(out.shape)}, or channels are not contiguous")
+
+
+def _record(span: AttentionSpan) -> tuple[int, ...]:
+    """A struct attention_span."""
     return (
-        AVX512_BF16
-        and query.shape[1] <= MOST_TOKENS
-        and query.dtype is torch.bfloat16
-        and query.shape[2] % 32 == 0
-        and query.shape[2] <= 256
-        and query.device.type == "cpu"
+        span.query.data_ptr(),
+        span.out.data_ptr(),
+        span.keys.data_ptr(),
+        span.values.data_ptr(),
+        span.query.stride(1),
+        span.query.stride(0),
+        span.out.stride(0),
+        span.keys.stride(0),
+        span.query.shape[1],
+        span.position,
     )
 
 
 def attend_few(
     query: Tensor, keys: Tensor, values: Tensor, position: int, window: int | None, scaling: float, scratch: Scratch
 ) -> Tensor:
-    """query [H, Q, D] at [position, position + Q); keys, values [G, T, D], T a multiple of 16. Returns [Q, H, D].
-
-    Each token sees the keys up to its own, with `window` only the last `window` of them. Weights are rounded to bf16,
-    sums are fp32. The order of sums depends on the lengths only: not on threads, nor on other sessions.
-    """
+    """`attend_spans` of one span [H, Q, D]. Returns [Q, H, D]."""
     n_heads, n_new, head_dim = query.shape
-    n_groups = keys.shape[0]
-    query = query.contiguous()
     out = query.new_empty(n_new, n_heads, head_dim)
-    rows = n_heads // n_groups * n_new
-    n = lib.attention_scratch(n_groups, rows, head_dim, position + n_new)
-    lib.attention_bf16(
-        query.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
-        scratch.take("states", n, torch.float32).data_ptr(),
-        n_groups,
-        keys.stride(0),
-        n_heads // n_groups,
-        n_new,
-        head_dim,
-        position,
-        window or 0,
-        scaling,
-        torch.get_num_threads(),
-    )
+    attend_spans([AttentionSpan(query, keys, values, position, out)], window, scaling, scratch)
     return out
 
 
@@ -143,7 +182,7 @@ def attend_chosen(
         into[:, k:n] = source[:, own]
         into[:, n:] = 0
         taken.append(into)
-    if few_tokens_supported(query) and not bool((chosen < 0).any()):
+    if native_attention_supported(query.dtype, head_dim, query.device) and not bool((chosen < 0).any()):
         return attend_few(query, taken[0], taken[1], n - n_new, None, scaling, scratch)
     grouped = query.view(n_groups, -1, n_new, head_dim)
     scores = (grouped.float() * scaling) @ taken[0][:, None, :n].float().transpose(-1, -2)

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sessiond.cache import KEY_GRANULE, PackedSpan
-from sessiond.kernels.attention import Scratch, attend_chosen, attend_few, attend_reference, few_tokens_supported
+from sessiond.kernels.attention import (
+    AttentionSpan,
+    Scratch,
+    attend_chosen,
+    attend_reference,
+    attend_spans,
+    native_attention_supported,
+)
 from sessiond.kernels.rope import Rope
 
 NAME = "sessiond"
@@ -30,36 +37,58 @@ class PackedStep:
     gives_way: Callable[[], bool] | None = None  # asked in every layer whether the step is to be abandoned
 
 
-def attend(
-    query: Tensor,
-    span: PackedSpan,
-    layer: int,
-    scaling: float,
-    window: int | None,
-    scratch: Scratch,
-    rope: Rope | None = None,
-) -> Tensor:
-    """Causal attention of a span's new tokens over its session's keys and values, theirs included (already written).
+def attend(heads: Tensor, packed: PackedStep, layer: int, scaling: float, window: int | None) -> Tensor:
+    """Causal attention of each span's new tokens over its session's keys and values, theirs included (already written).
 
-    query [H, Q, D] stand at [position, position + Q); `window` limits each to its last `window` keys.
-    Returns [Q, H, D].
+    heads [H, N, D], of which a span's rows stand at [position, position + Q); `window` limits each to its last `window`
+    keys. Returns [N, H, D]; rows outside every span are zero.
     """
-    keys, values = span.cache.keys[layer], span.cache.values[layer]
-    if span.capture is not None and window is None:
-        span.capture(layer, query, keys[:, : span.position + query.shape[1]], scaling)
-    if span.selection is not None and window is None:  # a sliding layer sees little as it is
-        chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, rope, decoding=span.decoding)
+    n_heads, n_rows, head_dim = heads.shape
+    covered = sum(span.end - span.start for span in packed.spans) == n_rows
+    out = (heads.new_empty if covered else heads.new_zeros)(n_rows, n_heads, head_dim)
+    native = native_attention_supported(heads.dtype, head_dim, heads.device)
+    together: list[AttentionSpan] = []
+    for span in packed.spans:
+        query, into = heads[:, span.start : span.end], out[span.start : span.end]
+        chosen = _attend_selected(query, span, packed, layer, scaling) if window is None else None
         if chosen is not None:
-            own = slice(span.selection.turn_start, span.position + query.shape[1])
-            forms = chosen.keys, chosen.values
-            return attend_chosen(query, keys, values, chosen.positions, own, scaling, scratch, forms)
-    if few_tokens_supported(query):
-        return attend_few(query, keys, values, span.position, window, scaling, scratch)
-    # keys in [first, last) take part; those in [open_end, last) differ by query and are masked
+            into[:] = chosen
+        elif native:
+            keys, values = span.cache.keys[layer], span.cache.values[layer]
+            together.append(AttentionSpan(query, keys, values, span.position, into))
+        else:
+            into[:] = _attend_all(query, span, packed.scratch, layer, scaling, window)
+    attend_spans(together, window, scaling, packed.scratch)
+    return out
+
+
+def _attend_selected(
+    query: Tensor, span: PackedSpan, packed: PackedStep, layer: int, scaling: float
+) -> Tensor | None:  # a sliding layer never comes here: it sees little as it is
+    """Attention over what the span's selection chooses; None if that is everything. Shows `capture` what attends."""
+    keys, values, end = span.cache.keys[layer], span.cache.values[layer], span.position + query.shape[1]
+    if span.capture is not None:
+        span.capture(layer, query, keys[:, :end], scaling)
+    if span.selection is None:
+        return None
+    chosen = span.selection.choose(
+        layer, query, keys, values, span.position, scaling, packed.rope, decoding=span.decoding
+    )
+    if chosen is None:
+        return None
+    own, forms = slice(span.selection.turn_start, end), (chosen.keys, chosen.values)
+    return attend_chosen(query, keys, values, chosen.positions, own, scaling, packed.scratch, forms)
+
+
+def _attend_all(
+    query: Tensor, span: PackedSpan, scratch: Scratch, layer: int, scaling: float, window: int | None
+) -> Tensor:
+    """By the reference: keys in [first, last) take part; those in [open_end, last) differ by query and are masked."""
     first = max(0, span.position - window + 1) // KEY_GRANULE * KEY_GRANULE if window else 0
     last = -(-(span.position + query.shape[1]) // KEY_GRANULE) * KEY_GRANULE
     open_end = first if window else min(span.position + 1, last)
     mask = span.mask(open_end, last - open_end, window)
+    keys, values = span.cache.keys[layer], span.cache.values[layer]
     return attend_reference(query, keys, values, first, open_end, mask, scaling, scratch)
 
 
@@ -79,15 +108,8 @@ def sessiond_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     if packed.gives_way is not None and packed.gives_way():
         raise InterruptedStepError
-    heads, spans, scratch = query[0], packed.spans, packed.scratch
-    if len(spans) == 1 and heads.shape[1] == spans[0].end - spans[0].start:
-        alone = attend(heads, spans[0], layer, scaling, sliding_window, scratch, packed.rope)[None]
-        spans[0].cache.release(layer)
-        return alone, None
-    out = heads.new_zeros(heads.shape[1], heads.shape[0], heads.shape[2])
-    for span in spans:
-        rows = slice(span.start, span.end)
-        out[rows] = attend(heads[:, rows], span, layer, scaling, sliding_window, scratch, packed.rope)
+    out = attend(query[0], packed, layer, scaling, sliding_window)
+    for span in packed.spans:
         span.cache.release(layer)
     return out[None], None
 

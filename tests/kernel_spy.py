@@ -11,7 +11,7 @@ import sessiond.kernels.attention
 import sessiond.kernels.linear
 from sessiond.kernels.native_library import lib
 
-LINEAR, ATTENTION = "linear_bf16", "attention_bf16"
+LINEAR, ATTENTION = "linear_bf16", "attention_spans"
 
 
 class KernelSpy:

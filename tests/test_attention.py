@@ -62,7 +62,7 @@ def random_query(cache: SessionCache, share: int, n_new: int) -> Tensor:
 def run(cache: SessionCache, query: Tensor, length: int, window: int | None, scratch: Scratch | None = None) -> Tensor:
     n_new = query.shape[1]
     span = PackedSpan(cache, 0, n_new, length - n_new)
-    return attend(query, span, LAYER, SCALING, window, scratch or Scratch())
+    return attend(query, PackedStep([span], scratch or Scratch()), LAYER, SCALING, window)
 
 
 def check(shape: KVShape, share: int, n_new: int, length: int, window: int | None) -> None:

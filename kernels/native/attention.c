@@ -1,274 +1,188 @@
-/* Attention of few new tokens over a long history: grouped heads, bf16 keys and values, fp32 sums.
+/* Attention of new tokens over long histories, for many sessions in one call: grouped heads, bf16, fp32 sums.
 
-   The keys are cut into parts, every part of every head group is a chunk of its own: it keeps running maximum, sum and
-   weighted values (online softmax), and the parts are joined at the end (flash-decoding, Dao et al. 2023). Keys are
-   transposed in tiles of 16 so that one instruction serves 16 keys. The cut depends on lengths only, never on threads. */
-#include <math.h>
+   The rows of a group (new tokens times query heads) are cut into blocks, the keys that a block sees into parts. Every
+   part of every block of every group of every span is a chunk, which leaves maximum, sum and weighted values (online
+   softmax); whoever ends the last part of a block joins them (flash-decoding, Dao et al. 2023). The cuts depend on a
+   span's own lengths only: neither on threads nor on other spans. */
+#include <stdatomic.h>
+#include <string.h>
 
-#include "native.h"
-#include "attention.h"
+#include "attention_inline.h"
 
-enum { TILE = 16, SPAN = 128, MIN_PART = 512, MAX_PARTS = 16, MANY_ROWS = 32, MAX_DIM = 256 };
+enum { FEW_PART = 512, MANY_PART = 1024, MAX_PARTS = 16, MANY_CHUNKS = 48 };
 
-static int64_t parts_of(int64_t rows, int64_t n_keys) {
-    int64_t most = rows > MANY_ROWS ? 4 : MAX_PARTS, parts = (n_keys + MIN_PART - 1) / MIN_PART;
-    return parts < 1 ? 1 : parts > most ? most : parts;
-}
+typedef void (*attention_fn)(const struct attention_piece *piece);
 
-/* Floats of one part's running state: [rows][head_dim] values, [rows] maxima, [rows] sums. */
-static int64_t state_floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
-
-/* Floats of scratch that attention_bf16 needs for at most n_keys keys: states, scores and weights. */
-int64_t attention_scratch(int64_t n_groups, int64_t rows, int64_t head_dim, int64_t n_keys) {
-    return n_groups * parts_of(rows, n_keys) * (state_floats(rows, head_dim) + 2 * rows * SPAN);
-}
-
-#if HAVE_X86
-
-struct attention_job {
-    const uint16_t *query, *keys, *values;
-    float *states;
-    int64_t group_stride, rows, n_new, head_dim;
-    int64_t first, end, position, window, n_parts, part_keys;
-    float scaling;
+/* How a span is cut, and where what belongs to it begins. */
+struct attention_cut {
+    int64_t rows, block_rows, n_blocks, n_parts; /* rows of a group */
+    int64_t first_chunk, first_block, states;
 };
 
-INLINE AVX512 void transpose16(const uint16_t *keys, int64_t head_dim, __m512i out[16]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(keys + i * head_dim);
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) { /* a[4q + i]: element i of every 128 bits, keys 4q .. 4q + 3 */
-        __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-        out[i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        out[8 + i] = _mm512_shuffle_i32x4(low, high, 0xDD);
-        low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
-        out[4 + i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        out[12 + i] = _mm512_shuffle_i32x4(low, high, 0xDD);
-    }
+struct attention_job {
+    const struct attention_shape *shape;
+    const struct attention_span *spans;
+    const struct attention_cut *cuts;
+    _Atomic int32_t *parts_done; /* of each block of each group */
+    float *states;
+    int64_t n_spans;
+    enum isa isa;
+};
+
+static struct attention_cut cut_of(const struct attention_shape *shape, const struct attention_span *span) {
+    struct attention_cut cut = {.rows = span->n_new * shape->n_share};
+    int few = cut.rows <= FEW_ROWS;
+    cut.block_rows = few ? cut.rows : BLOCK_ROWS;
+    cut.n_blocks = cut.rows ? (cut.rows + cut.block_rows - 1) / cut.block_rows : 0;
+    int64_t n_keys = span->position + span->n_new, most = MAX_PARTS, part = few ? FEW_PART : MANY_PART;
+    if (shape->window) n_keys = least(n_keys, shape->window + span->n_new);
+    if (!few) most = least(most, MANY_CHUNKS / (cut.n_blocks * shape->n_groups) + 1);
+    cut.n_parts = least((n_keys + part - 1) / part, most);
+    return cut;
 }
 
-/* Pairs of bf16 as one 32-bit lane in every lane. */
-INLINE AVX512 __m512bh broadcast_pair(const uint16_t *pair) {
-    uint32_t both;
-    __builtin_memcpy(&both, pair, sizeof both);
-    return (__m512bh)_mm512_set1_epi32((int)both);
+static int64_t state_floats(const struct attention_shape *shape, const struct attention_cut *cut) {
+    return (cut->block_rows * (shape->head_dim + 2) + 15) / 16 * 16;
 }
 
-/* scores[r][0..16) = q[r] . k[j] of one transposed tile, for NR rows. */
-INLINE AVX512 void score_rows(const int NR, const uint16_t *q, const __m512i *tile, int64_t head_dim, float scaling,
-                                   float *scores) {
-    __m512 acc[8];
-    for (int r = 0; r < NR; r++) acc[r] = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < head_dim / 2; pair++) {
-        __m512bh keys = (__m512bh)_mm512_load_si512(tile + pair);
-        for (int r = 0; r < NR; r++)
-            acc[r] = _mm512_dpbf16_ps(acc[r], keys, broadcast_pair(q + r * head_dim + 2 * pair));
+/* Fills `cuts` if it is given. Adds up chunks, blocks and floats of states. */
+static struct attention_cut cut_all(const struct attention_shape *shape, const struct attention_span *spans,
+                                    int64_t n_spans, struct attention_cut *cuts) {
+    struct attention_cut at = {0};
+    for (int64_t i = 0; i < n_spans; i++) {
+        struct attention_cut cut = cut_of(shape, spans + i);
+        int64_t n_blocks = shape->n_groups * cut.n_blocks;
+        cut.first_chunk = at.first_chunk, cut.first_block = at.first_block, cut.states = at.states;
+        at.first_chunk += n_blocks * cut.n_parts;
+        at.first_block += n_blocks;
+        at.states += n_blocks * cut.n_parts * state_floats(shape, &cut);
+        if (cuts) cuts[i] = cut;
     }
-    for (int r = 0; r < NR; r++)
-        _mm512_storeu_ps(scores + r * SPAN, _mm512_mul_ps(acc[r], _mm512_set1_ps(scaling)));
+    return at;
 }
 
-/* e^x for x <= 0, relative error below 2e-7; exactly 0 below -87 and for -inf. */
-INLINE AVX512 __m512 exp_negative(__m512 x) {
-    __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GT_OQ);
-    __m512 t = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f));
-    __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    /* x - whole * ln 2 in two steps: the first product is exact */
-    __m512 f = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
-    f = _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), f);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_maskz_scalef_ps(alive, p, whole);
+static int64_t floats_of(int64_t nbytes) { return (nbytes + 63) / 64 * 16; }
+
+/* Floats of scratch that attention_spans needs. */
+int64_t attention_spans_scratch(const struct attention_shape *shape, const struct attention_span *spans,
+                                int64_t n_spans, int n_threads) {
+    (void)n_threads; /* whatever their number: results do not depend on it */
+    struct attention_cut all = cut_all(shape, spans, n_spans, NULL);
+    return floats_of(n_spans * (int64_t)sizeof(struct attention_cut)) + floats_of(all.first_block * 4) + all.states;
 }
 
-/* Keys of [at, at + SPAN) that a row must not see become -inf. */
-INLINE AVX512 void mask_row(float *scores, int64_t at, int64_t low, int64_t high) {
-    for (int j = 0; j < SPAN; j += 16) {
-        __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)(at + j)),
-                                       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-        __mmask16 hidden = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32((int)low)) |
-                           _mm512_cmpgt_epi32_mask(key, _mm512_set1_epi32((int)high));
-        _mm512_mask_storeu_ps(scores + j, hidden, _mm512_set1_ps(-INFINITY));
-    }
-}
-
-/* Scores of one span become bf16 weights e^(s - max); returns what earlier sums are to be multiplied by. A score that is
-   no number makes everything NaN, as it does in arithmetic: the comparisons below would hide it. */
-INLINE AVX512 float soften_row(const float *scores, uint16_t *weights, float *max, float *sum) {
-    __m512 top = _mm512_set1_ps(-INFINITY);
-    __mmask16 strange = 0;
-    for (int j = 0; j < SPAN; j += 16) {
-        __m512 s = _mm512_loadu_ps(scores + j);
-        strange |= _mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q);
-        top = _mm512_max_ps(top, s);
-    }
-    if (strange) {
-        for (int j = 0; j < SPAN; j++) weights[j] = 0;
-        *sum = NAN;
-        return NAN;
-    }
-    float best = _mm512_reduce_max_ps(top);
-    if (best < *max) best = *max;
-    if (best == -INFINITY) { /* nothing seen so far, and nothing here */
-        for (int j = 0; j < SPAN; j += 16) _mm256_storeu_si256((__m256i *)(weights + j), _mm256_setzero_si256());
-        return 1.0f;
-    }
-    __m512 total = _mm512_setzero_ps();
-    for (int j = 0; j < SPAN; j += 16) {
-        __m512 weight = exp_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(best)));
-        total = _mm512_add_ps(total, weight);
-        _mm256_storeu_si256((__m256i *)(weights + j), (__m256i)_mm512_cvtneps_pbh(weight));
-    }
-    float scale = *max == -INFINITY ? 0.0f : expf(*max - best);
-    *sum = *sum * scale + _mm512_reduce_add_ps(total);
-    *max = best;
-    return scale;
-}
-
-/* acc[r][d .. d + 32) = acc * scale[r] + weights[r] @ values, for NR rows. The 32 sums stand in the order in which
-   unpacking two rows leaves them; `place` knows it. */
-INLINE AVX512 void weigh_rows(const int NR, const uint16_t *weights, const uint16_t *values, int64_t head_dim,
-                                   int64_t n_keys, const float *scale, float *acc) {
-    __m512 low[8], high[8];
-    for (int r = 0; r < NR; r++) {
-        __m512 s = _mm512_set1_ps(scale[r]);
-        low[r] = _mm512_mul_ps(_mm512_loadu_ps(acc + r * head_dim), s);
-        high[r] = _mm512_mul_ps(_mm512_loadu_ps(acc + r * head_dim + 16), s);
-    }
-    for (int64_t j = 0; j < n_keys; j += 2) {
-        __m512i v0 = _mm512_loadu_si512(values + j * head_dim), v1 = _mm512_loadu_si512(values + (j + 1) * head_dim);
-        __m512bh l = (__m512bh)_mm512_unpacklo_epi16(v0, v1), h = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
-        for (int r = 0; r < NR; r++) {
-            __m512bh w = broadcast_pair(weights + r * SPAN + j);
-            low[r] = _mm512_dpbf16_ps(low[r], l, w);
-            high[r] = _mm512_dpbf16_ps(high[r], h, w);
-        }
-    }
-    for (int r = 0; r < NR; r++) {
-        _mm512_storeu_ps(acc + r * head_dim, low[r]);
-        _mm512_storeu_ps(acc + r * head_dim + 16, high[r]);
-    }
-}
-
-/* Sum i of 32 belongs to this dimension: _mm512_unpacklo_epi16 takes the lower four of every eight. */
-INLINE int place(int i) {
-    int half = i / 16, lane = i % 16;
-    return lane / 4 * 8 + half * 4 + lane % 4;
-}
-
-static AVX512 void attention_chunk(void *arg, int64_t chunk) {
-    const struct attention_job *job = arg;
-    const int64_t rows = job->rows, head_dim = job->head_dim, group = chunk / job->n_parts, part = chunk % job->n_parts;
-    const uint16_t *q = job->query + group * rows * head_dim;
-    const uint16_t *keys = job->keys + group * job->group_stride, *values = job->values + group * job->group_stride;
-    float *acc = job->states + chunk * (state_floats(rows, head_dim) + 2 * rows * SPAN);
-    float *max = acc + rows * head_dim, *sum = max + rows, *scores = sum + rows;
-    uint16_t *weights = (uint16_t *)(scores + rows * SPAN);
-    float scale[8];
-    __m512i tiles[MAX_DIM / 2];
-
-    for (int64_t i = 0; i < rows * head_dim; i++) acc[i] = 0.0f;
-    for (int64_t r = 0; r < rows; r++) max[r] = -INFINITY, sum[r] = 0.0f;
-    int64_t begin = job->first + part * job->part_keys;
-    int64_t end = begin + job->part_keys < job->end ? begin + job->part_keys : job->end;
-    for (int64_t at = begin; at < end; at += SPAN) {
-        int64_t n = end - at < SPAN ? (end - at + TILE - 1) / TILE * TILE : SPAN;
-        for (int64_t j = 0; j < n; j += TILE) {
-            for (int64_t d = 0; d < head_dim; d += 32) transpose16(keys + (at + j) * head_dim + d, head_dim, tiles + d / 2);
-            int64_t r = 0;
-            for (; r + 8 <= rows; r += 8) score_rows(8, q + r * head_dim, tiles, head_dim, job->scaling, scores + r * SPAN + j);
-            for (; r + 3 <= rows; r += 3) score_rows(3, q + r * head_dim, tiles, head_dim, job->scaling, scores + r * SPAN + j);
-            for (; r < rows; r++) score_rows(1, q + r * head_dim, tiles, head_dim, job->scaling, scores + r * SPAN + j);
-        }
-        for (int64_t r = 0; r < rows; r += 8) {
-            int n_rows = rows - r < 8 ? (int)(rows - r) : 8;
-            for (int i = 0; i < n_rows; i++) {
-                float *row = scores + (r + i) * SPAN;
-                int64_t high = job->position + (r + i) % job->n_new;
-                int64_t low = job->window ? high - job->window + 1 : 0;
-                if (high >= end) high = end - 1;
-                if (low > at || high < at + SPAN - 1) mask_row(row, at, low, high);
-                scale[i] = soften_row(row, weights + (r + i) * SPAN, max + r + i, sum + r + i);
-            }
-            for (int64_t d = 0; d < head_dim; d += 32) {
-                const uint16_t *w = weights + r * SPAN, *v = values + at * head_dim + d;
-                float *a = acc + r * head_dim + d;
-                if (n_rows == 8) {
-                    weigh_rows(8, w, v, head_dim, n, scale, a);
-                } else {
-                    int i = 0;
-                    for (; i + 3 <= n_rows; i += 3) weigh_rows(3, w + i * SPAN, v, head_dim, n, scale + i, a + i * head_dim);
-                    for (; i < n_rows; i++) weigh_rows(1, w + i * SPAN, v, head_dim, n, scale + i, a + i * head_dim);
-                }
-            }
-        }
-    }
-}
-
-/* Joins the parts of one group and rounds. out [n_new][n_heads][head_dim]; row = share * n_new + i. */
-static AVX512 void join_parts(const struct attention_job *job, int64_t group, int64_t n_heads, uint16_t *out) {
-    const int64_t rows = job->rows, head_dim = job->head_dim, n_parts = job->n_parts;
-    const int64_t step = state_floats(rows, head_dim) + 2 * rows * SPAN;
-    const float *states = job->states + group * n_parts * step;
+/* Joins the parts of one block and rounds. */
+INLINE void join(const struct attention_piece *piece, int64_t n_parts, int64_t step, uint16_t *out) {
+    const int64_t rows = piece->n_rows, head_dim = piece->shape->head_dim, n_share = piece->shape->n_share;
     for (int64_t r = 0; r < rows; r++) {
-        float top = -INFINITY, total = 0.0f, factor[MAX_PARTS];
+        const float *maxima = piece->state + rows * head_dim + r, *sums = maxima + rows;
+        float top = NO_SCORE, total = 0.0f, factor[MAX_PARTS], values[MAX_DIM];
+        for (int64_t p = 0; p < n_parts; p++) top = maxima[p * step] > top ? maxima[p * step] : top;
         for (int64_t p = 0; p < n_parts; p++) {
-            float max = states[p * step + rows * head_dim + r];
-            if (max > top) top = max;
+            factor[p] = exp2f(maxima[p * step] - top);
+            total += factor[p] * sums[p * step];
         }
+        for (int64_t d = 0; d < head_dim; d++) values[d] = 0.0f;
         for (int64_t p = 0; p < n_parts; p++) {
-            const float *state = states + p * step + rows * head_dim;
-            factor[p] = state[r] == -INFINITY ? 0.0f : expf(state[r] - top);
-            total += factor[p] * state[rows + r];
+            const float *part = piece->state + p * step + r * head_dim;
+            for (int64_t d = 0; d < head_dim; d++) values[d] += factor[p] * part[d];
         }
-        int64_t head = group * (rows / job->n_new) + r / job->n_new;
-        uint16_t *target = out + ((r % job->n_new) * n_heads + head) * head_dim;
-        for (int64_t d = 0; d < head_dim; d += 16) {
-            __m512 value = _mm512_setzero_ps();
-            for (int64_t p = 0; p < n_parts; p++)
-                value = _mm512_fmadd_ps(_mm512_set1_ps(factor[p]), _mm512_loadu_ps(states + p * step + r * head_dim + d), value);
-            uint16_t rounded[16];
-            value = _mm512_div_ps(value, _mm512_set1_ps(total));
-            _mm256_storeu_si256((__m256i *)rounded, (__m256i)_mm512_cvtneps_pbh(value));
-            for (int i = 0; i < 16; i++) target[d / 32 * 32 + place((int)(d % 32) + i)] = rounded[i];
-        }
+        int64_t row = piece->row + r;
+        uint16_t *target = out + row / n_share * piece->span->out_row + row % n_share * head_dim;
+        for (int64_t d = 0; d < head_dim; d++) target[d] = to_bf16(values[d] / total);
     }
+}
+
+static void join_plain(const struct attention_piece *piece, int64_t n_parts, int64_t step, uint16_t *out) {
+    join(piece, n_parts, step, out);
+}
+
+#if HAVE_X86
+static AVX2 void join_avx2(const struct attention_piece *piece, int64_t n_parts, int64_t step, uint16_t *out) {
+    join(piece, n_parts, step, out);
 }
 #endif
 
-/* query [n_groups][n_share][n_new][head_dim]; keys and values [n_groups][capacity][head_dim], `group_stride` elements
-   from group to group, readable up to the next multiple of 16 positions; out [n_new][n_groups * n_share][head_dim]: bf16.
-   New token i stands at position + i and sees keys up to its own, with a window > 0 only the last `window` of them.
-   head_dim % 32 == 0 and at most 256. `scratch`: attention_scratch() floats. */
-void attention_bf16(uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t out, uintptr_t scratch,
-                    int64_t n_groups, int64_t group_stride, int64_t n_share, int64_t n_new, int64_t head_dim,
-                    int64_t position, int64_t window, float scaling, int n_threads) {
+static void attend_piece(enum isa isa, const struct attention_piece *piece, int few) {
 #if HAVE_X86
-    int64_t rows = n_share * n_new, end = position + n_new;
-    int64_t first = window && position - window + 1 > 0 ? (position - window + 1) / TILE * TILE : 0;
-    int64_t n_parts = parts_of(rows, end - first);
-    int64_t part_keys = ((end - first + n_parts - 1) / n_parts + SPAN - 1) / SPAN * SPAN;
-    struct attention_job job = {(const uint16_t *)query, (const uint16_t *)keys, (const uint16_t *)values,
-                                (float *)scratch, group_stride, rows, n_new, head_dim, first, end, position, window,
-                                n_parts, part_keys, scaling};
-    parallel_chunks(attention_chunk, &job, n_groups * n_parts, n_threads);
-    for (int64_t group = 0; group < n_groups; group++) join_parts(&job, group, n_groups * n_share, (uint16_t *)out);
-#else
-    (void)query, (void)keys, (void)values, (void)out, (void)scratch, (void)n_groups, (void)group_stride, (void)n_share;
-    (void)n_new, (void)head_dim, (void)position, (void)window, (void)scaling, (void)n_threads;
+    if (isa == ISA_AVX512) {
+        if (few) attention_few(piece);
+        else attention_many(piece);
+        return;
+    }
+    if (isa == ISA_AVX2) {
+        attention_avx2(piece);
+        return;
+    }
 #endif
+    (void)isa, (void)few;
+    attention_plain(piece);
+}
+
+static int64_t span_of(const struct attention_job *job, int64_t chunk) {
+    int64_t low = 0, high = job->n_spans;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (job->cuts[middle].first_chunk <= chunk) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+/* The keys of one part of those that a block sees. */
+static void set_keys(struct attention_piece *piece, int64_t part, int64_t n_parts) {
+    int64_t first = first_key(piece, 0), end = last_key(piece, piece->n_rows - 1) + 1;
+    first = first > 0 ? first / TILE * TILE : 0;
+    int64_t n = ((end - first + n_parts - 1) / n_parts + 63) / 64 * 64;
+    piece->begin = least(first + part * n, end);
+    piece->end = least(piece->begin + n, end);
+}
+
+static void attention_chunk(void *arg, int64_t chunk) {
+    const struct attention_job *job = arg;
+    const struct attention_shape *shape = job->shape;
+    const int64_t index = span_of(job, chunk);
+    const struct attention_cut *cut = job->cuts + index;
+    const struct attention_span *span = job->spans + index;
+    int64_t own = chunk - cut->first_chunk, block = own % cut->n_blocks; /* all blocks read a part's keys in turn */
+    int64_t part = own / cut->n_blocks % cut->n_parts, group = own / cut->n_blocks / cut->n_parts;
+    int64_t step = state_floats(shape, cut), place = group * cut->n_blocks + block;
+    float *states = job->states + cut->states + place * cut->n_parts * step;
+    struct attention_piece piece = {
+        .shape = shape,
+        .span = span,
+        .query = (const uint16_t *)span->query + group * shape->n_share * span->query_head,
+        .keys = (const uint16_t *)span->keys + group * span->group_stride,
+        .values = (const uint16_t *)span->values + group * span->group_stride,
+        .row = block * cut->block_rows,
+        .n_rows = least(cut->block_rows, cut->rows - block * cut->block_rows),
+        .state = states + part * step,
+    };
+    set_keys(&piece, part, cut->n_parts);
+    attend_piece(job->isa, &piece, cut->rows <= FEW_ROWS);
+    if (atomic_fetch_add_explicit(job->parts_done + cut->first_block + place, 1, memory_order_acq_rel) + 1 < cut->n_parts)
+        return;
+    piece.state = states;
+    uint16_t *out = (uint16_t *)span->out + group * shape->n_share * shape->head_dim;
+#if HAVE_X86
+    if (job->isa != ISA_PORTABLE) {
+        join_avx2(&piece, cut->n_parts, step, out);
+        return;
+    }
+#endif
+    join_plain(&piece, cut->n_parts, step, out);
+}
+
+/* New token i of a span stands at position + i and sees keys up to its own, with a window only the last `window`.
+   Keys and values are readable up to the next multiple of 16 positions and hold no NaN there. Weights are rounded to
+   bf16 by AVX-512, sums are fp32. `scratch`: attention_spans_scratch() floats, aligned to 8 bytes. */
+void attention_spans(const struct attention_shape *shape, const struct attention_span *spans, int64_t n_spans,
+                     uintptr_t scratch, int n_threads) {
+    struct attention_cut *cuts = (struct attention_cut *)scratch;
+    struct attention_cut all = cut_all(shape, spans, n_spans, cuts);
+    float *floats = (float *)scratch + floats_of(n_spans * (int64_t)sizeof *cuts);
+    memset(floats, 0, (size_t)all.first_block * 4);
+    struct attention_job job = {shape, spans, cuts, (_Atomic int32_t *)floats,
+                                floats + floats_of(all.first_block * 4), n_spans, isa()};
+    parallel_chunks(attention_chunk, &job, all.first_chunk, n_threads);
 }

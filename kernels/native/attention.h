@@ -4,9 +4,23 @@
 
 #include <stdint.h>
 
-int64_t attention_scratch(int64_t n_groups, int64_t rows, int64_t head_dim, int64_t n_keys);
-void attention_bf16(uintptr_t query, uintptr_t keys, uintptr_t values, uintptr_t out, uintptr_t scratch,
-                    int64_t n_groups, int64_t group_stride, int64_t n_share, int64_t n_new, int64_t head_dim,
-                    int64_t position, int64_t window, float scaling, int n_threads);
+/* n_share query heads read one group's keys and values; head_dim % 32 == 0, at most 256; window 0: all of history. */
+struct attention_shape {
+    int64_t n_groups, n_share, head_dim, window;
+    float scaling;
+};
+
+/* One session's new tokens, bf16. Strides count elements. */
+struct attention_span {
+    uintptr_t query;        /* token i, head h = group * n_share + share: query + i * query_row + h * query_head */
+    uintptr_t out;          /* [n_new][n_heads][head_dim], row i at out + i * out_row */
+    uintptr_t keys, values; /* [n_groups][capacity][head_dim], group_stride from group to group */
+    int64_t query_row, query_head, out_row, group_stride, n_new, position;
+};
+
+int64_t attention_spans_scratch(const struct attention_shape *shape, const struct attention_span *spans,
+                                int64_t n_spans, int n_threads);
+void attention_spans(const struct attention_shape *shape, const struct attention_span *spans, int64_t n_spans,
+                     uintptr_t scratch, int n_threads);
 
 #endif

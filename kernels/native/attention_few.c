@@ -1,0 +1,132 @@
+/* Attention of at most FEW_ROWS rows of a group (a decoding session): bound by reading keys and values once.
+
+   A key's score is a product along its own row; sixteen of them are summed together, so keys are never transposed. */
+#include "attention_inline.h"
+
+#if HAVE_X86
+
+enum { SPAN = 128 };
+
+struct few_work {
+    float scores[FEW_ROWS][SPAN];
+    uint16_t weights[FEW_ROWS][SPAN];
+    float scale[FEW_ROWS];
+};
+
+/* Lane i of the result is the sum of the lanes of acc[i]. */
+INLINE AVX512 __m512 sum_lanes(const __m512 acc[16]) {
+    __m512 quarter[4];
+    for (int i = 0; i < 4; i++) { /* four accumulators side by side in every 128 bits */
+        const __m512 *a = acc + 4 * i;
+        __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+        __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+        __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
+        quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
+                                   _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
+    }
+    __m512 half[2];
+    for (int i = 0; i < 2; i++)
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0xDD));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xDD));
+}
+
+/* Lane j is q . k[j]. */
+INLINE AVX512 __m512 score_tile(const uint16_t *q, const uint16_t *keys, int64_t head_dim) {
+    __m512 acc[16];
+    for (int j = 0; j < TILE; j++) acc[j] = _mm512_setzero_ps();
+    for (int64_t d = 0; d < head_dim; d += 32) {
+        __m512bh row = (__m512bh)_mm512_loadu_si512(q + d);
+        for (int j = 0; j < TILE; j++)
+            acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)_mm512_loadu_si512(keys + j * head_dim + d), row);
+    }
+    return sum_lanes(acc);
+}
+
+/* Lanes whose key, at + lane, lies outside [low, high], become -inf. */
+INLINE AVX512 __m512 hide(__m512 scores, int64_t at, int64_t low, int64_t high) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512i key = _mm512_add_epi32(_mm512_set1_epi32((int)at), lane);
+    __mmask16 hidden = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32((int)low)) |
+                       _mm512_cmpgt_epi32_mask(key, _mm512_set1_epi32((int)high));
+    return _mm512_mask_mov_ps(scores, hidden, _mm512_set1_ps(-INFINITY));
+}
+
+/* Scores of a span become bf16 weights 2^(s - max); returns what earlier sums are to be multiplied by. */
+INLINE AVX512 float soften(const float *scores, int64_t n, uint16_t *weights, float *max, float *sum) {
+    __m512 top = _mm512_set1_ps(*max), total = _mm512_setzero_ps();
+    for (int64_t j = 0; j < n; j += 16) top = _mm512_max_ps(_mm512_loadu_ps(scores + j), top);
+    float best = _mm512_reduce_max_ps(top);
+    for (int64_t j = 0; j < n; j += 16) {
+        __m512 weight = exp2_16(_mm512_sub_ps(_mm512_loadu_ps(scores + j), _mm512_set1_ps(best)));
+        total = _mm512_add_ps(total, weight);
+        _mm256_storeu_si256((__m256i *)(weights + j), (__m256i)_mm512_cvtneps_pbh(weight));
+    }
+    float scale = exp2f(*max - best);
+    *sum = *sum * scale + _mm512_reduce_add_ps(total);
+    *max = best;
+    return scale;
+}
+
+/* acc[r][0 .. 32 * ND) = acc * scale[r] + weights[r] @ values, for NR rows. */
+INLINE AVX512 void weigh(const int NR, const int ND, const struct few_work *work, int64_t first, const uint16_t *values,
+                         int64_t head_dim, int64_t n, float *acc) {
+    __m512 sum[4][4];
+    for (int r = 0; r < NR; r++)
+        for (int d = 0; d < 2 * ND; d++)
+            sum[r][d] = _mm512_mul_ps(_mm512_loadu_ps(acc + r * head_dim + 16 * d), _mm512_set1_ps(work->scale[first + r]));
+    for (int64_t j = 0; j < n; j += 2) {
+        __m512i v[4];
+        for (int d = 0; d < ND; d++)
+            interleave(_mm512_loadu_si512(values + j * head_dim + 32 * d),
+                       _mm512_loadu_si512(values + (j + 1) * head_dim + 32 * d), v + 2 * d, v + 2 * d + 1);
+        for (int r = 0; r < NR; r++) {
+            __m512bh w = broadcast_pair(work->weights[first + r] + j);
+            for (int d = 0; d < 2 * ND; d++) sum[r][d] = _mm512_dpbf16_ps(sum[r][d], (__m512bh)v[d], w);
+        }
+    }
+    for (int r = 0; r < NR; r++)
+        for (int d = 0; d < 2 * ND; d++) _mm512_storeu_ps(acc + r * head_dim + 16 * d, sum[r][d]);
+}
+
+INLINE AVX512 void weigh_rows(const int NR, const struct few_work *work, int64_t first, const uint16_t *values,
+                              int64_t head_dim, int64_t n, float *acc) {
+    int64_t d = 0;
+    for (; d + 64 <= head_dim; d += 64) weigh(NR, 2, work, first, values + d, head_dim, n, acc + d);
+    for (; d < head_dim; d += 32) weigh(NR, 1, work, first, values + d, head_dim, n, acc + d);
+}
+
+/* Scores of keys [at, at + n) for all rows, as logarithms to base 2 of weights. */
+INLINE AVX512 void score_span(const struct attention_piece *piece, struct few_work *work, int64_t at, int64_t n) {
+    const int64_t head_dim = piece->shape->head_dim;
+    const __m512 scaling = _mm512_set1_ps(piece->shape->scaling * LOG2_E);
+    const uint16_t *keys = piece->keys + at * head_dim, *values = piece->values + at * head_dim;
+    for (int64_t j = 0; j < n; j += TILE) {
+        for (int64_t d = 0; d < TILE * head_dim; d += 32) _mm_prefetch((const char *)(values + j * head_dim + d), _MM_HINT_T0);
+        for (int64_t r = 0; r < piece->n_rows; r++) {
+            __m512 scores = _mm512_mul_ps(score_tile(query_of(piece, r), keys + j * head_dim, head_dim), scaling);
+            int64_t low = first_key(piece, r), high = least(last_key(piece, r), piece->end - 1);
+            if (low > at + j || high < at + j + TILE - 1) scores = hide(scores, at + j, low, high);
+            _mm512_storeu_ps(work->scores[r] + j, scores);
+        }
+    }
+}
+
+AVX512 void attention_few(const struct attention_piece *piece) {
+    const int64_t rows = piece->n_rows, head_dim = piece->shape->head_dim;
+    float *acc = piece->state, *max = acc + rows * head_dim, *sum = max + rows;
+    struct few_work work;
+    for (int64_t i = 0; i < rows * head_dim; i++) acc[i] = 0.0f;
+    for (int64_t r = 0; r < rows; r++) max[r] = NO_SCORE, sum[r] = 0.0f;
+    for (int64_t at = piece->begin; at < piece->end; at += SPAN) {
+        int64_t n = least((piece->end - at + TILE - 1) / TILE * TILE, SPAN), r = 0;
+        score_span(piece, &work, at, n);
+        for (int64_t i = 0; i < rows; i++)
+            work.scale[i] = soften(work.scores[i], n, work.weights[i], max + i, sum + i);
+        const uint16_t *values = piece->values + at * head_dim;
+        for (; r + 4 <= rows; r += 4) weigh_rows(4, &work, r, values, head_dim, n, acc + r * head_dim);
+        for (; r + 3 <= rows; r += 3) weigh_rows(3, &work, r, values, head_dim, n, acc + r * head_dim);
+        for (; r < rows; r++) weigh_rows(1, &work, r, values, head_dim, n, acc + r * head_dim);
+    }
+}
+#endif
