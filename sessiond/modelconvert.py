@@ -16,12 +16,14 @@ import tempfile
 from pathlib import Path
 
 from sessiond.errors import DependencyMissing, ModelCorrupt, SessiondError
-from sessiond.modelcheck import check_directory, check_gguf
+from sessiond.modelcheck import check_directory, check_gguf, read_safetensors_header
 
 #: Written last into a converted directory; one without it is unfinished.
 MARKER = "sessiond.json"
+#: The GGUF file's own codes, where it has any that are kept (ggufblocks.py).
+BLOCKS = "blocks.safetensors"
 #: Raise it when converting changes.
-FORMAT = 1
+FORMAT = 2
 
 
 def is_converted(directory: Path, sha256: str) -> bool:
@@ -29,16 +31,16 @@ def is_converted(directory: Path, sha256: str) -> bool:
     try:
         marker = json.loads((directory / MARKER).read_bytes())
         check_directory(directory)
+        if (directory / BLOCKS).is_file():
+            read_safetensors_header(directory / BLOCKS)
     except (OSError, ValueError, SessiondError):
         return False
-    return isinstance(marker, dict) and (marker.get("source_sha256"), marker.get("format")) == (
-        sha256,
-        FORMAT,
-    )
+    expected = {"source_sha256": sha256, "format": FORMAT, "blocks": (directory / BLOCKS).is_file()}
+    return isinstance(marker, dict) and expected.items() <= marker.items()
 
 
 def convert_gguf(source: Path, directory: Path, sha256: str) -> None:
-    """Write bf16 safetensors, tokenizer, chat template and generation settings of `source` to `directory`.
+    """Write bf16 safetensors, tokenizer, chat template, generation settings and own codes of `source` to `directory`.
 
     The directory appears whole or not at all (written beside its place, synced, renamed). The caller holds
     the lock on the model cache. Raises ModelCorrupt, ModelUnsupported, DependencyMissing.
@@ -51,7 +53,12 @@ def convert_gguf(source: Path, directory: Path, sha256: str) -> None:
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
     try:
         _run_child(source, partial)
-        marker = {"format": FORMAT, "source_sha256": sha256, "source_name": source.name}
+        marker = {
+            "format": FORMAT,
+            "source_sha256": sha256,
+            "source_name": source.name,
+            "blocks": (partial / BLOCKS).is_file(),
+        }
         (partial / MARKER).write_text(json.dumps(marker), "utf-8")
         for file in partial.iterdir():
             sync(file)
@@ -73,7 +80,7 @@ def sync(path: Path) -> None:
 
 
 def _run_child(source: Path, directory: Path) -> None:
-    command = [sys.executable, "-m", "sessiond.modelconvert", str(source), str(directory)]
+    command = [sys.executable, "-P", "-m", "sessiond.modelconvert", str(source), str(directory)]
     child = subprocess.run(  # noqa: S603 - our own module, no shell
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
@@ -90,6 +97,9 @@ def _convert(source: Path, directory: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from sessiond.blockfile import write_blocks
+    from sessiond.ggufblocks import kept_blocks
+
     folder, name = str(source.parent), source.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -101,6 +111,8 @@ def _convert(source: Path, directory: Path) -> None:
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    if kept := kept_blocks(source, model):
+        write_blocks(directory / BLOCKS, kept)
 
 
 if __name__ == "__main__":
