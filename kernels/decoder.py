@@ -1,7 +1,7 @@
 """The layers of a decoder-only transformer in a few compiled calls a step (kernels/native/decoder.h).
 
-A step of one token is a hundred small operations a layer; as many calls through a framework take longer than reading the
-weights does. Here a step whose sessions attend to everything is one call, without the interpreter's lock. The reference
+A step of one token is a hundred small operations a layer; as many calls through a framework take longer than reading
+the weights. Here a step whose sessions attend to everything is one call, without the interpreter's lock. The reference
 is the model's own forward in transformers.
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from sessiond.kernels.matrix import Matrix
 from sessiond.kernels.native_library import ffi, lib
 
-NOWHERE, IN_WINDOWS, EVERYWHERE = 0, 1, 2  # in which layers decoder_attend computes a session's attention
 GATES = ("silu", "gelu_tanh")
 
 
@@ -39,8 +38,8 @@ class DecoderShape:
 class DecoderLayer:
     """One layer: matrices, and norms fp32 [hidden] or [head_dim] (None: there is none).
 
-    `qkv`: heads of queries, keys and values, stacked. `gate_up`: interleaved (kernels/matrix.py). `window`: keys a query
-    sees, 0: all. `rope`: which of a step's tables of angles it takes.
+    `qkv`: heads of queries, keys and values, stacked. `gate_up`: interleaved (kernels/matrix.py). `window`: keys that a
+    query sees, 0: all. `rope`: which of a step's tables of angles it takes.
     """
 
     qkv: Matrix
@@ -68,7 +67,6 @@ class SessionRows:
     position: int
     row: int
     n_new: int
-    attends: int
 
 
 class Decoder:
@@ -101,11 +99,8 @@ class Decoder:
 
     def scratch_for(self, step: Any) -> Tensor:
         """Memory for attention in any layer of a step."""
-        threads = torch.get_num_threads()
-        kinds = {layer.window: i for i, layer in enumerate(self.layers)}
-        floats = max(
-            int(lib.decoder_attend_scratch(self._struct, self._layers + i, step, threads)) for i in kinds.values()
-        )
+        layers, n_layers, threads = self._layers, len(self.layers), torch.get_num_threads()
+        floats: int = lib.decoder_scratch(self._struct, layers, n_layers, step, threads)
         if self._scratch.numel() < floats:
             self._scratch = torch.empty(floats)
         return self._scratch
@@ -125,7 +120,7 @@ class DecoderStep:
         self.query = torch.empty(n, shape.n_heads, shape.head_dim, dtype=torch.bfloat16)
         self.attended = torch.empty_like(self.query)
         self._work = decoder.work_for(n)
-        told = [(s.kv, s.capacity, s.position, s.row, s.n_new, s.attends) for s in sessions]
+        told = [(s.kv, s.capacity, s.position, s.row, s.n_new) for s in sessions]
         self._sessions = ffi.new("struct rows_of_session[]", told)
         self._struct: Any = ffi.new("struct packed_step *")
         self._struct.rows, self._struct.n_sessions = n, len(told)
@@ -141,18 +136,13 @@ class DecoderStep:
         decoder = self._decoder
         lib.decoder_before(decoder._struct, decoder._layers + layer, self._struct, layer, self._threads)
 
-    def attend(self, layer: int) -> None:
-        """Attention of the sessions that attend in this layer."""
-        decoder, scratch = self._decoder, self._scratch.data_ptr()
-        lib.decoder_attend(decoder._struct, decoder._layers + layer, self._struct, layer, scratch, self._threads)
-
     def after(self, layer: int) -> None:
         """The rest of a layer, once `attended` is whole."""
         decoder = self._decoder
         lib.decoder_after(decoder._struct, decoder._layers + layer, self._struct, self._threads)
 
     def run(self, first: int, last: int) -> None:
-        """Layers [first, last) whole; every session attends."""
+        """Layers [first, last) whole; all rows attend to all that their layers see."""
         decoder, scratch = self._decoder, self._scratch.data_ptr()
         lib.decoder_run(decoder._struct, decoder._layers, self._struct, first, last, scratch, self._threads)
 

@@ -1,7 +1,7 @@
 """A weight laid out for products with any number of rows, in 16, 8 or 4 bits (kernels/native/matrix.h).
 
-Few rows are bound by reading the weight, so it is read once and in as few bits as it has. A row's result does not depend
-on how many rows there are, nor on threads. The references are F.linear and `linear_blocks_reference`.
+Few rows are bound by reading the weight, so it is read once and in as few bits as it has. A row's result does not
+depend on how many rows there are, nor on threads. The references are F.linear and `linear_blocks_reference`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _tiled_codes(codes: Tensor, bits: int) -> Tensor:
         return tiles.view(*tiles.shape[:2], -1, 4).transpose(1, 2).contiguous()
     # [tile, output, block, half, four of a half, code] to [tile, block, four, output, code], two halves a byte
     parts = tiles.view(*tiles.shape[:2], -1, 2, 4, 4).permute(0, 2, 4, 1, 5, 3)
-    return parts[..., 0] | parts[..., 1] << 4
+    return (parts[..., 0] | parts[..., 1] << 4).contiguous()
 
 
 def _tiled_sides(sides: Tensor) -> Tensor:

@@ -157,39 +157,44 @@ static struct attention_shape shape_of(const struct decoder *d, const struct lay
     return (struct attention_shape){d->n_groups, d->n_heads / d->n_groups, d->head_dim, layer->window, layer->scaling};
 }
 
-/* The spans that attend in a layer of this index; returns how many they are. */
-static int64_t spans_of(const struct decoder *d, const struct packed_step *step, int64_t index, int windowed,
-                        struct attention_span *spans) {
+static void fill_spans(const struct decoder *d, const struct packed_step *step, int64_t index,
+                       struct attention_span *spans) {
     const struct rows_of_session *sessions = (const struct rows_of_session *)step->sessions;
     const int64_t width = d->n_heads * d->head_dim;
-    int64_t n = 0;
     for (int64_t i = 0; i < step->n_sessions; i++) {
         const struct rows_of_session *s = sessions + i;
-        if (s->attends == ATTENDS_NOWHERE || s->attends == ATTENDS_IN_WINDOWS && !windowed) continue;
         const uint16_t *keys = (const uint16_t *)s->kv + 2 * index * d->n_groups * s->capacity * d->head_dim;
-        spans[n++] = (struct attention_span){
-            .query = (uintptr_t)((uint16_t *)step->query + s->row * width), .out = (uintptr_t)((uint16_t *)step->attended + s->row * width),
-            .keys = (uintptr_t)keys, .values = (uintptr_t)(keys + d->n_groups * s->capacity * d->head_dim),
+        const uint16_t *values = keys + d->n_groups * s->capacity * d->head_dim;
+        spans[i] = (struct attention_span){
+            .query = (uintptr_t)((uint16_t *)step->query + s->row * width),
+            .out = (uintptr_t)((uint16_t *)step->attended + s->row * width),
+            .keys = (uintptr_t)keys, .values = (uintptr_t)values,
             .query_row = width, .query_head = d->head_dim, .out_row = width,
             .group_stride = s->capacity * d->head_dim, .n_new = s->n_new, .position = s->position};
     }
-    return n;
 }
 
-int64_t decoder_attend_scratch(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
-                               int n_threads) {
-    struct attention_shape shape = shape_of(decoder, layer);
+int64_t decoder_scratch(const struct decoder *decoder, const struct layer *layers, int64_t n_layers,
+                        const struct packed_step *step, int n_threads) {
     struct attention_span *spans = buffers_of(decoder, step).spans;
-    int64_t n = spans_of(decoder, step, 0, layer->window > 0, spans);
-    return attention_spans_scratch(&shape, spans, n, n_threads);
+    int64_t most = 0, window = -1;
+    fill_spans(decoder, step, 0, spans);
+    for (int64_t i = 0; i < n_layers; i++) {
+        if (layers[i].window == window) continue; /* as the layer before */
+        struct attention_shape shape = shape_of(decoder, layers + i);
+        int64_t floats = attention_spans_scratch(&shape, spans, step->n_sessions, n_threads);
+        if (floats > most) most = floats;
+        window = layers[i].window;
+    }
+    return most;
 }
 
-void decoder_attend(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
-                    int64_t index, uintptr_t scratch, int n_threads) {
+static void attend(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
+                   int64_t index, uintptr_t scratch, int n_threads) {
     struct attention_shape shape = shape_of(decoder, layer);
     struct attention_span *spans = buffers_of(decoder, step).spans;
-    int64_t n = spans_of(decoder, step, index, layer->window > 0, spans);
-    if (n) attention_spans(&shape, spans, n, scratch, n_threads);
+    fill_spans(decoder, step, index, spans);
+    attention_spans(&shape, spans, step->n_sessions, scratch, n_threads);
 }
 
 /* ---- what follows attention ---- */
@@ -239,7 +244,7 @@ void decoder_run(const struct decoder *decoder, const struct layer *layers, cons
                  int64_t first, int64_t last, uintptr_t scratch, int n_threads) {
     for (int64_t i = first; i < last; i++) {
         decoder_before(decoder, layers + i, step, i, n_threads);
-        decoder_attend(decoder, layers + i, step, i, scratch, n_threads);
+        attend(decoder, layers + i, step, i, scratch, n_threads);
         decoder_after(decoder, layers + i, step, n_threads);
     }
 }

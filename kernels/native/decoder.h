@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "matrix.h"
+
 /* `inner`: numbers between the MLP's matrices. `rotary`: channels of a head that rotate. `gate`: 0 SiLU, 1 GELU (tanh). */
 struct decoder {
     int64_t hidden, n_heads, n_groups, head_dim, inner, rotary, gate;
@@ -20,12 +22,10 @@ struct layer {
 };
 
 /* Rows [row, row + n_new) of a step: tokens of one session at `position` and on. `kv`: its memory, bf16
-   [layers][2][groups][capacity][head_dim]. `attends`: where decoder_attend computes their attention; elsewhere the
-   caller does. Sessions stand in the order of their rows. */
-enum attends { ATTENDS_NOWHERE, ATTENDS_IN_WINDOWS, ATTENDS_EVERYWHERE };
+   [layers][2][groups][capacity][head_dim]. Sessions stand in the order of their rows. */
 struct rows_of_session {
     uintptr_t kv;
-    int64_t capacity, position, row, n_new, attends;
+    int64_t capacity, position, row, n_new;
 };
 
 /* One step. hidden fp32 [rows][hidden]; cosines and sines fp32 [tables][rows][rotary / 2]; query and attended bf16
@@ -40,15 +40,12 @@ int64_t decoder_work(const struct decoder *decoder, int64_t rows);
 /* Norm, projections, rotation: queries, and keys and values into the sessions' memory. */
 void decoder_before(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
                     int64_t index, int n_threads);
-void decoder_attend(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
-                    int64_t index, uintptr_t scratch, int n_threads);
-/* Floats of scratch that decoder_attend needs in such a layer. */
-int64_t decoder_attend_scratch(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
-                               int n_threads);
 /* Output projection, MLP, both with their residual sums. */
 void decoder_after(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
                    int n_threads);
-/* All three for layers [first, last): every session of the step attends. */
+/* Layers [first, last) whole: every session's rows attend to all that its layers see. `scratch`: floats as told. */
+int64_t decoder_scratch(const struct decoder *decoder, const struct layer *layers, int64_t n_layers,
+                        const struct packed_step *step, int n_threads);
 void decoder_run(const struct decoder *decoder, const struct layer *layers, const struct packed_step *step,
                  int64_t first, int64_t last, uintptr_t scratch, int n_threads);
 

@@ -41,7 +41,7 @@ INLINE void operand_block(const struct operand *x, int64_t bits, int64_t row, in
         return;
     }
     const int64_t place = row * (x->n / BLOCK) + block;
-    float most = max_abs(values), factor = most > 0 ? 127.0f / most : 0.0f;
+    float scale = max_abs(values) / 127.0f, factor = scale > 0 ? 1.0f / scale : 0.0f;
     int8_t *to = x->codes + row * x->n + block * BLOCK;
     int32_t sum = 0;
     for (int i = 0; i < BLOCK; i++) {
@@ -53,7 +53,7 @@ INLINE void operand_block(const struct operand *x, int64_t bits, int64_t row, in
     /* A number that is none must not be lost in codes: it makes the whole block none. */
     float strange = 0;
     for (int i = 0; i < BLOCK; i++) strange += values[i] * 0.0f;
-    x->scales[place] = most / 127.0f + strange;
+    x->scales[place] = scale + strange;
     x->sums[place] = x->scales[place] * (float)sum;
     x->shifts[place] = -128 * sum;
 }
