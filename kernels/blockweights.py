@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 BLOCK = 32  # inputs that share a scale
-#: Raise it when `quantize` gives other codes for the same weights: KV is bound to it.
-RULE = 1
 
 _MIDDLE = 128  # the code of 0 at 8 bits
 _ROUNDS = 2  # of least squares: they lower the squared error by 12 %, a third would by 2 % more
@@ -61,7 +59,8 @@ class BlockWeights:
 
 
 def quantize(weight: Tensor, bits: int) -> BlockWeights:
-    """Round weight [n_out, n_in] of any float dtype to the nearest codes. The same on every machine.
+    """Round weight [n_out, n_in] of any float dtype to the nearest codes. The same on every machine: KV is bound to the
+    codes by the rule that made them (sessiond/modelidentity.py).
 
     8 bits: scale = max|w| / 127. 4 bits: low and scale from the extremes, then by least squares over the codes they
     gave; a block keeps whichever pair has the smaller error. Raises ValueError for another number of bits, n_in that is
@@ -173,7 +172,7 @@ def _error(blocks: Tensor, codes: Tensor, scales: Tensor, lows: Tensor) -> Tenso
 
 
 def _sum(blocks: Tensor) -> Tensor:
-    """Over the 32 of a block, in an order that does not depend on the processor: the identity of KV relies on it."""
+    """Over the 32 of a block, in an order that does not depend on the processor: KV is bound to the rule alone."""
     half = BLOCK // 2
     while half:
         blocks = blocks[..., :half] + blocks[..., half:]

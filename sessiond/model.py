@@ -21,10 +21,11 @@ from sessiond.fused import fuse
 from sessiond.kernels.attention import Scratch
 from sessiond.kernels.native_library import AVX512_BF16
 from sessiond.kernels.rope import Rope
+from sessiond.modelweights import load_blocks, with_blocks
 from sessiond.policies.base import ModelFacts
 from sessiond.policies.probing import Capture
 from sessiond.selection import Selection
-from sessiond.types import KVShape
+from sessiond.types import KVShape, WeightsKind
 
 # Architectures proven against transformers' own generate (tests/test_architectures.py).
 SUPPORTED = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -121,8 +122,11 @@ class Model:
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype | None = None) -> Model:
-        """Read a transformers directory (safetensors). Raises ModelMissing, ModelCorrupt or ModelUnsupported."""
+    def load(cls, path: Path, dtype: torch.dtype | None = None, weights: WeightsKind = "bf16") -> Model:
+        """Read a transformers directory (safetensors); `weights` other than bf16 quantizes its matrices.
+
+        Raises ModelMissing, ModelCorrupt or ModelUnsupported.
+        """
         if not (path / "config.json").is_file():
             raise ModelMissing(f"{path} holds no config.json", path=path)
         try:
@@ -150,6 +154,8 @@ class Model:
         wrong = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
         if wrong:  # transformers would make them up
             raise ModelCorrupt(f"{path} lacks weights, or has them in another shape: {', '.join(wrong[:5])}", path=path)
+        if weights != "bf16":
+            module = with_blocks(module, load_blocks(path, module, weights))
         return cls(module)
 
     def new_cache(self) -> SessionCache:
@@ -216,9 +222,11 @@ def _rope_types(config: PreTrainedConfig) -> list[str]:
     return [kind["rope_type"] for kind in kinds if "rope_type" in kind]
 
 
-def numerics_profile(threads: int) -> dict[str, str]:
+def numerics_profile(threads: int, weights: WeightsKind = "bf16") -> dict[str, str]:
     """What bit-equality depends on beside identity: recorded with every cell."""
+    quantized = {} if weights == "bf16" else {"blocks": "torch"}
     return {
+        **quantized,
         "torch": torch.__version__,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "device": "cpu",

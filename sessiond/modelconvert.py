@@ -16,12 +16,10 @@ import tempfile
 from pathlib import Path
 
 from sessiond.errors import DependencyMissing, ModelCorrupt, SessiondError
-from sessiond.modelcheck import check_directory, check_gguf, read_safetensors_header
+from sessiond.modelcheck import BLOCKS, check_directory, check_gguf, read_safetensors_header
 
 #: Written last into a converted directory; one without it is unfinished.
 MARKER = "sessiond.json"
-#: The GGUF file's own codes, where it has any that are kept (ggufblocks.py).
-BLOCKS = "blocks.safetensors"
 #: Raise it when converting changes.
 FORMAT = 2
 
@@ -80,7 +78,7 @@ def sync(path: Path) -> None:
 
 
 def _run_child(source: Path, directory: Path) -> None:
-    command = [sys.executable, "-P", "-m", "sessiond.modelconvert", str(source), str(directory)]
+    command = [sys.executable, "-P", "-m", "sessiond.ggufconvert", str(source), str(directory)]
     child = subprocess.run(  # noqa: S603 - our own module, no shell
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
@@ -90,30 +88,3 @@ def _run_child(source: Path, directory: Path) -> None:
     lines = child.stderr.strip().splitlines() or ["no message"]
     reason = f"signal {-child.returncode}, out of memory?" if child.returncode < 0 else lines[-1]
     raise ModelCorrupt(f"{source} cannot be converted: {reason}", path=source)
-
-
-def _convert(source: Path, directory: Path) -> None:
-    """What the child process does."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    from sessiond.blockfile import write_blocks
-    from sessiond.ggufblocks import kept_blocks
-
-    folder, name = str(source.parent), source.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        local_files_only=True,
-    )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    if kept := kept_blocks(source, model):
-        write_blocks(directory / BLOCKS, kept)
-
-
-if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))
