@@ -97,10 +97,10 @@ def test_several_sessions_along_the_peers_answers(pair, kernels):
             assert tokens_of(events, session.name) == told
             assert difference(torch.stack(session.sampler.rows), logits) <= TOLERANCE
             session.log.extend(told)
-        # 15 packed steps at least, each with an attention for every session and layer
+        # 15 packed steps at least, each with one call for all sessions in every layer
         linears, attentions = kernels.take()
         assert linears >= 15 * n_linears(pair.ours)
-        assert attentions >= 15 * len(sessions) * pair.ours.shape.n_layers
+        assert attentions >= 15 * pair.ours.shape.n_layers
 
 
 @pytest.mark.parametrize("n_rows", [1, 7, MOST_ROWS])
