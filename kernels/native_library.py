@@ -12,8 +12,7 @@ except ImportError:  # installed without a C compiler: every kernel falls back t
 
 ffi: Any = _ffi
 lib: Any = _lib
-ffi: Any = _ffi
 BUILT: bool = lib is not None
 # Instructions that the kernels find here: 0 portable, 1 AVX2, 2 AVX-512 with BF16 and VNNI; -1: nothing is compiled.
 ISA: int = lib.isa_here() if BUILT else -1
-AVX512_BF16: bool = ISA == 2
+LEVELS = ("portable", "avx2", "avx512")

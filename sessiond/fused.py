@@ -90,6 +90,15 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
     return Fused(decoder, model.embed_tokens, list(frequencies.values()), softcap)
 
 
+def let_go(module: Any) -> None:
+    """Free the weights of linear layers, which the compiled decoder has in its own layout. Embeddings stay."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+        elif isinstance(linear, BlockLinear):
+            linear.weights = None
+
+
 def _layer(layer: Any, shape: DecoderShape, kinds: list[str], window: int) -> DecoderLayer:
     attention, mlp = layer.self_attn, layer.mlp
     is_gemma = hasattr(layer, "pre_feedforward_layernorm")
@@ -138,7 +147,8 @@ def _matrix(linears: Sequence[nn.Module], join: Callable[[Any], Tensor | BlockWe
 
 
 def _weight(linear: Any) -> Tensor | BlockWeights:
-    return linear.weights if isinstance(linear, BlockLinear) else linear.weight
+    weight: Tensor | BlockWeights = linear.weights if isinstance(linear, BlockLinear) else linear.weight
+    return weight
 
 
 def _dense(weight: Tensor | BlockWeights) -> Tensor:

@@ -17,9 +17,9 @@ from sessiond import attention
 from sessiond.cache import PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.forward import ForwardStep, FusedStep, ModuleStep, run_through
-from sessiond.fused import fuse
-from sessiond.kernels.attention import Scratch
-from sessiond.kernels.native_library import AVX512_BF16
+from sessiond.fused import fuse, let_go
+from sessiond.kernels.attention import Scratch, native_attention_supported
+from sessiond.kernels.native_library import ISA, LEVELS
 from sessiond.kernels.rope import Rope
 from sessiond.modelweights import load_blocks, with_blocks
 from sessiond.policies.base import ModelFacts
@@ -86,6 +86,8 @@ class Model:
             0 if layer in self.facts.attending else self.sliding_window or 0 for layer in range(self.shape.n_layers)
         ]
         self._fused = fuse(module, windows)
+        if self._fused is not None:
+            let_go(module)
 
     @property
     def rope(self) -> Rope | None:
@@ -158,6 +160,20 @@ class Model:
             module = with_blocks(module, load_blocks(path, module, weights))
         return cls(module)
 
+    def numerics_profile(self, threads: int) -> dict[str, str]:
+        """What bit-equality depends on beside identity: recorded with every cell."""
+        heads = native_attention_supported(self.module.dtype, self.shape.head_dim, torch.device("cpu"))
+        return {
+            "torch": torch.__version__,
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "device": "cpu",
+            "threads": str(threads),
+            "layers": "torch" if self._fused is None else LEVELS[ISA],
+            "attention": LEVELS[ISA] if heads else "torch",
+            "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
+            "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
+        }
+
     def new_cache(self) -> SessionCache:
         return SessionCache(self.shape, self.max_context)
 
@@ -220,19 +236,3 @@ def _rope_types(config: PreTrainedConfig) -> list[str]:
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return [kind["rope_type"] for kind in kinds if "rope_type" in kind]
-
-
-def numerics_profile(threads: int, weights: WeightsKind = "bf16") -> dict[str, str]:
-    """What bit-equality depends on beside identity: recorded with every cell."""
-    quantized = {} if weights == "bf16" else {"blocks": "torch"}
-    return {
-        **quantized,
-        "torch": torch.__version__,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "device": "cpu",
-        "threads": str(threads),
-        "prefill": "torch",
-        "few_rows": "avx512_bf16" if AVX512_BF16 else "torch",
-        "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
-        "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
-    }

@@ -58,10 +58,12 @@ class BlockLinear(nn.Module):
 
     def __init__(self, weights: BlockWeights, bias: Tensor | None) -> None:
         super().__init__()
-        self.weights, self.bias = weights, bias
+        self.weights: BlockWeights | None = weights  # None: handed over to the compiled decoder
+        self.bias = bias
         self.out_features, self.in_features = weights.shape
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.weights is not None
         return linear_blocks_reference(x, self.weights, self.bias)
 
 

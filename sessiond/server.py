@@ -31,7 +31,7 @@ from sessiond.errors import BadMessage, InvalidConfig, SessiondError, UnsafeAddr
 from sessiond.foreignsessions import foreign_sessions
 from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
-from sessiond.model import Model, load_tokenizer, numerics_profile
+from sessiond.model import Model, load_tokenizer
 from sessiond.scheduler import Event
 from sessiond.service import SessionsService
 from sessiond.sessions import Sessions
@@ -182,7 +182,7 @@ class Daemon:
         tokenizer = load_tokenizer(resolved.path)
         identity = modelstore.identity_fields(resolved.path, kv_dtype=model.shape.dtype, weights=settings.weights)
         identity_id = modelstore.identity_id(identity)
-        profile = numerics_profile(settings.threads, settings.weights)
+        profile = model.numerics_profile(settings.threads)
         profile_id = modelidentity.profile_id(profile)
         batch = LogBatch()
         batch.put_identity(identity_id, identity)

@@ -17,7 +17,7 @@ from sessiond.blockfile import read_blocks, write_blocks
 from sessiond.errors import ModelCorrupt
 from sessiond.ggufblocks import kept_blocks
 from sessiond.kernels.blockweights import linear_blocks_reference, quantize
-from sessiond.model import Feed, Model, numerics_profile
+from sessiond.model import Feed, Model
 from sessiond.modelcheck import BLOCKS, weight_files
 from sessiond.modelweights import BlockLinear, load_blocks
 
@@ -168,8 +168,3 @@ def test_a_loaded_model_computes_with_its_codes(converted: Path, kind: str) -> N
         logits.append(one.step([Feed(one.new_cache(), ids, 0)], [29])[0])
     apart = (logits[0] - logits[1]).norm() / logits[1].norm()
     assert 0 < apart < 0.3  # random weights pass every rounding on, enlarged
-
-
-def test_the_profile_tells_what_computes_blocks_and_bf16_has_the_one_it_had() -> None:
-    assert "blocks" not in numerics_profile(2)
-    assert numerics_profile(2, "int4") == {**numerics_profile(2), "blocks": "torch"}

@@ -5,13 +5,20 @@
 
 #if HAVE_X86
 
-enum { SPAN = 128 };
+enum { SPAN = 64, AHEAD = 64 };
 
 struct few_work {
+    const uint16_t *query[FEW_ROWS];
+    int64_t first[FEW_ROWS], last[FEW_ROWS]; /* keys that a row sees */
     float scores[FEW_ROWS][SPAN];
     uint16_t weights[FEW_ROWS][SPAN];
     float scale[FEW_ROWS];
 };
+
+/* Asks for n elements before they are needed. */
+INLINE AVX512 void fetch(const uint16_t *from, int64_t n) {
+    for (int64_t d = 0; d < n; d += 32) _mm_prefetch((const char *)(from + d), _MM_HINT_T0);
+}
 
 /* Lane i of the result is the sum of the lanes of acc[i]. */
 INLINE AVX512 __m512 sum_lanes(const __m512 acc[16]) {
@@ -97,30 +104,36 @@ INLINE AVX512 void weigh_rows(const int NR, const struct few_work *work, int64_t
 }
 
 /* Scores of keys [at, at + n) for all rows, as logarithms to base 2 of weights. */
-INLINE AVX512 void score_span(const struct attention_piece *piece, struct few_work *work, int64_t at, int64_t n) {
-    const int64_t head_dim = piece->shape->head_dim;
+INLINE AVX512 void score_span(const int64_t head_dim, const struct attention_piece *piece, struct few_work *work, int64_t at,
+                              int64_t n) {
+    const int64_t rows = piece->n_rows;
     const __m512 scaling = _mm512_set1_ps(piece->shape->scaling * LOG2_E);
     const uint16_t *keys = piece->keys + at * head_dim, *values = piece->values + at * head_dim;
     for (int64_t j = 0; j < n; j += TILE) {
-        for (int64_t d = 0; d < TILE * head_dim; d += 32) _mm_prefetch((const char *)(values + j * head_dim + d), _MM_HINT_T0);
-        for (int64_t r = 0; r < piece->n_rows; r++) {
-            __m512 scores = _mm512_mul_ps(score_tile(query_of(piece, r), keys + j * head_dim, head_dim), scaling);
-            int64_t low = first_key(piece, r), high = least(last_key(piece, r), piece->end - 1);
-            if (low > at + j || high < at + j + TILE - 1) scores = hide(scores, at + j, low, high);
+        fetch(values + j * head_dim, TILE * head_dim);
+        fetch(keys + (j + AHEAD) * head_dim, TILE * head_dim);
+        for (int64_t r = 0; r < rows; r++) {
+            __m512 scores = _mm512_mul_ps(score_tile(work->query[r], keys + j * head_dim, head_dim), scaling);
+            if (work->first[r] > at + j || work->last[r] < at + j + TILE - 1)
+                scores = hide(scores, at + j, work->first[r], work->last[r]);
             _mm512_storeu_ps(work->scores[r] + j, scores);
         }
     }
 }
 
-AVX512 void attention_few(const struct attention_piece *piece) {
-    const int64_t rows = piece->n_rows, head_dim = piece->shape->head_dim;
+INLINE AVX512 void attend(const int64_t head_dim, const struct attention_piece *piece) {
+    const int64_t rows = piece->n_rows;
     float *acc = piece->state, *max = acc + rows * head_dim, *sum = max + rows;
     struct few_work work;
     for (int64_t i = 0; i < rows * head_dim; i++) acc[i] = 0.0f;
-    for (int64_t r = 0; r < rows; r++) max[r] = NO_SCORE, sum[r] = 0.0f;
+    for (int64_t r = 0; r < rows; r++) {
+        max[r] = NO_SCORE, sum[r] = 0.0f;
+        work.query[r] = query_of(piece, r);
+        work.first[r] = first_key(piece, r), work.last[r] = last_key(piece, r);
+    }
     for (int64_t at = piece->begin; at < piece->end; at += SPAN) {
         int64_t n = least((piece->end - at + TILE - 1) / TILE * TILE, SPAN), r = 0;
-        score_span(piece, &work, at, n);
+        score_span(head_dim, piece, &work, at, n);
         for (int64_t i = 0; i < rows; i++)
             work.scale[i] = soften(work.scores[i], n, work.weights[i], max + i, sum + i);
         const uint16_t *values = piece->values + at * head_dim;
@@ -128,5 +141,12 @@ AVX512 void attention_few(const struct attention_piece *piece) {
         for (; r + 3 <= rows; r += 3) weigh_rows(3, &work, r, values, head_dim, n, acc + r * head_dim);
         for (; r < rows; r++) weigh_rows(1, &work, r, values, head_dim, n, acc + r * head_dim);
     }
+}
+
+/* The usual sizes of heads are constants to the compiler. */
+AVX512 void attention_few(const struct attention_piece *piece) {
+    if (piece->shape->head_dim == 64) attend(64, piece);
+    else if (piece->shape->head_dim == 128) attend(128, piece);
+    else attend(piece->shape->head_dim, piece);
 }
 #endif

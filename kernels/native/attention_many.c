@@ -14,7 +14,7 @@ struct many_work {
     __m512 sums[VECTORS][MAX_DIM];
     __m512 scores[TOGETHER][KEYS];
     __m512i weights[TOGETHER][KEYS / 2];
-    uint32_t values[KEYS / 2][MAX_DIM]; /* of two keys */
+    uint32_t values[KEYS / 2 * MAX_DIM]; /* [KEYS / 2][head_dim], of two keys */
     __m512 max[VECTORS], sum[VECTORS], scale[TOGETHER];
     __m512i first[VECTORS], last[VECTORS]; /* keys that a row sees */
 };
@@ -51,8 +51,8 @@ INLINE AVX512 void pack_values(const uint16_t *values, int64_t head_dim, int64_t
             __m512i low, high;
             interleave(_mm512_loadu_si512(values + j * head_dim + d),
                        _mm512_loadu_si512(values + (j + 1) * head_dim + d), &low, &high);
-            _mm512_store_si512(work->values[j / 2] + d, low);
-            _mm512_store_si512(work->values[j / 2] + d + 16, high);
+            _mm512_store_si512(work->values + j / 2 * head_dim + d, low);
+            _mm512_store_si512(work->values + j / 2 * head_dim + d + 16, high);
         }
 }
 
@@ -103,7 +103,7 @@ INLINE AVX512 __m512 soften(const __m512 *scores, int64_t n, __m512i *weights, _
 }
 
 /* sums[d .. d + ND) = sums * scale + values @ weights for NV vectors of rows. */
-INLINE AVX512 void weigh(const int NV, const int ND, struct many_work *work, int64_t v, int64_t d, int64_t n) {
+INLINE AVX512 void weigh(const int NV, const int ND, struct many_work *work, int64_t v, int64_t head_dim, int64_t d, int64_t n) {
     __m512 acc[TOGETHER][16];
     for (int i = 0; i < NV; i++)
         for (int k = 0; k < ND; k++) acc[i][k] = _mm512_mul_ps(work->sums[v + i][d + k], work->scale[i]);
@@ -111,7 +111,7 @@ INLINE AVX512 void weigh(const int NV, const int ND, struct many_work *work, int
         __m512bh rows[TOGETHER];
         for (int i = 0; i < NV; i++) rows[i] = (__m512bh)work->weights[i][pair];
         for (int k = 0; k < ND; k++) {
-            __m512bh value = broadcast_pair(work->values[pair] + d + k);
+            __m512bh value = broadcast_pair(work->values + pair * head_dim + d + k);
             for (int i = 0; i < NV; i++) acc[i][k] = _mm512_dpbf16_ps(acc[i][k], rows[i], value);
         }
     }
@@ -133,7 +133,7 @@ INLINE AVX512 void attend(const int NV, const struct attention_piece *piece, str
         if (!open) hide(work->scores[i], work->first[v + i], work->last[v + i], at, n);
         work->scale[i] = soften(work->scores[i], n, work->weights[i], work->max + v + i, work->sum + v + i);
     }
-    for (int64_t d = 0; d < head_dim; d += NK) weigh(NV, NK, work, v, d, n);
+    for (int64_t d = 0; d < head_dim; d += NK) weigh(NV, NK, work, v, head_dim, d, n);
 }
 
 static AVX512 void store_state(const struct attention_piece *piece, struct many_work *work) {
