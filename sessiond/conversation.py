@@ -22,8 +22,8 @@ from sessiond.errors import (
 )
 from sessiond.live import Live
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import replay
 from sessiond.sessions import Sessions, refuse_busy
+from sessiond.stepevents import replay
 from sessiond.storage.records import RequestRecord
 from sessiond.turn import Turn
 from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent

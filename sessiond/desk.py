@@ -21,15 +21,16 @@ from sessiond.engine import Engine
 from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
 from sessiond.explanations import Explanations
 from sessiond.handover import Handover
+from sessiond.idlework import ScoreWork, SealWork
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.policies import registry
 from sessiond.policies.base import Policy, Situation
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import CellSealed, Ended, Event, Scored, ScoreWork, SealWork, TokenOut
 from sessiond.scrub import Scrub
 from sessiond.sharing import relative, sealed_donor, take_over
+from sessiond.stepevents import CellSealed, Ended, Event, Scored, TokenOut
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionRow
 from sessiond.storage.records import RequestRecord, SessionRecord

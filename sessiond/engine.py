@@ -10,8 +10,11 @@ from typing import TypeVar
 
 import torch
 
+from sessiond.idlework import ScoreWork, SealWork
 from sessiond.model import Model
-from sessiond.scheduler import Counters, Event, Scheduler, ScoreWork, SealWork, TurnWork
+from sessiond.scheduler import Counters, Scheduler
+from sessiond.stepevents import Event
+from sessiond.turnwork import TurnWork
 
 T = TypeVar("T")
 

@@ -32,9 +32,9 @@ from sessiond.foreignsessions import foreign_sessions
 from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
 from sessiond.model import Model, load_tokenizer, numerics_profile
-from sessiond.scheduler import Event
 from sessiond.service import SessionsService
 from sessiond.sessions import Sessions
+from sessiond.stepevents import Event
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate

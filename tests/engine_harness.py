@@ -20,11 +20,14 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sessiond.cache import SessionCache
+from sessiond.idlework import SealWork
 from sessiond.model import Feed, Model
 from sessiond.sampling import Sampled, Sampler, SamplingParams
-from sessiond.scheduler import Ended, Event, Scheduler, SealWork, TokenOut, TurnWork
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Ended, Event, TokenOut
 from sessiond.storage.kv import kv_digest
 from sessiond.textstream import Detokenizer, TextStream
+from sessiond.turnwork import TurnWork
 from sessiond.types import Span
 
 CELL = 128

@@ -53,6 +53,8 @@ LAYERS: list[list[str]] = [
     ["explanations"],
     ["engine"],
     ["scheduler"],
+    ["idlework", "turnwork"],
+    ["stepevents"],
     ["zipping"],
     ["foreignkv"],
     ["segments"],

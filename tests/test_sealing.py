@@ -19,7 +19,8 @@ from kernel_spy import KernelSpy
 from sessiond.cache import SessionCache
 from sessiond.model import Model
 from sessiond.restoring import Restoration
-from sessiond.scheduler import CellSealed, Scheduler
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import CellSealed
 from sessiond.storage.codec import codec_for
 from sessiond.storage.kv import KVOwner, encode_kv
 from sessiond.storage.prefix import prefix_hashes

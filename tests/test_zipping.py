@@ -7,10 +7,12 @@ import torch
 from engine_harness import CELL, Session, StepSpy, drain, make_pair, random_ids, step_until
 
 from sessiond.cache import SessionCache
+from sessiond.idlework import ScoreWork
 from sessiond.policies.prior import ALWAYS, Prior
 from sessiond.policies.probing import Instruction, plan_probes
 from sessiond.policies.registry import parse
-from sessiond.scheduler import Ended, Scheduler, Scored, ScoreWork
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Ended, Scored
 from sessiond.zipping import SINKS, Scoring, score
 
 ASK = Instruction(random_ids(7, 91), random_ids(5, 92), random_ids(3, 93))
