@@ -12,8 +12,8 @@ import torch
 
 from sessiond.idlework import ScoreWork, SealWork
 from sessiond.model import Model
-from sessiond.scheduler import Counters, Scheduler
-from sessiond.stepevents import Event
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Counters, Event
 from sessiond.turnwork import TurnWork
 
 T = TypeVar("T")

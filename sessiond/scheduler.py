@@ -1,121 +1,172 @@
-"""Which work runs in the next step: one prefill piece, then one packed decode of all turns; sealing when idle."""
+"""Which work runs in the next step: a share of a prefill piece, then one packed decode of all turns; sealing when idle.
+
+A piece of a prompt is one forward in a step of its own, whatever else runs. While turns decode, its layers are spread
+over time: it advances by whole layers for about as long as the recent decode steps took, rests, a token of every
+decoding turn is computed, and it goes on. A long prefill then makes the others' tokens come at about half their pace,
+however long its history is, and runs at about half of its own. Without decoding turns it runs through, unless somebody
+waits for the engine. Sealing and scoring rest in the same way as soon as a turn comes.
+
+Who rests has written KV in some layers and not in others, at positions that nobody reads: they count when all layers
+are done. Taken out before that, it leaves a cache as clean as a step that failed.
+"""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from sessiond.attention import InterruptedStepError
-from sessiond.idlework import ScoreWork, SealWork
-from sessiond.model import Feed, Model
-from sessiond.stepevents import CellSealed, Ended, Event, Scored
-from sessiond.turnwork import TurnWork
+from sessiond.idlework import IdleLine, ScoreWork, SealWork
+from sessiond.line import Line
+from sessiond.model import Feed, Model, StepUnderWay
+from sessiond.stepevents import Counters, Ended, Event
+from sessiond.turnwork import Piece, TurnWork
 from sessiond.types import FinishReason
 
-MOST_ABANDONED = 4  # tries at a step of sealing or scoring before turns wait for it
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since start, in tokens or steps."""
-
-    prefilled: int = 0  # positions computed in pieces, those computed again included
-    recomputed: int = 0  # positions that turns computed again: made canonical, or lost with the memory that held them
-    decoded: int = 0  # tokens sampled
-    sealed: int = 0  # positions sealed behind the turns; those of canonical prefill pieces are not among them
-    probed: int = 0  # tokens computed to score others
-    steps: int = 0
+PREFILL_SHARE = 1.0  # time a prefill advances between two decode steps, in recent decode steps
 
 
 @dataclass(slots=True)
 class Scheduler:
-    """The queue of the engine thread; every method runs on it."""
+    """The queue of the engine thread; every method runs on it.
+
+    `gives_way`: whether somebody waits for the engine, and what may rest is to rest. `most_rows`: decoding turns in one
+    forward, if more than that could change each other's bits.
+    """
 
     model: Model
     cell_tokens: int
-    prefilling: deque[TurnWork] = field(default_factory=deque)
+    prefilling: Line = field(default_factory=Line)
     decoding: list[TurnWork] = field(default_factory=list)
-    sealing: deque[SealWork] = field(default_factory=deque)
-    scoring: deque[ScoreWork] = field(default_factory=deque)
+    behind: IdleLine = field(default_factory=IdleLine)
     counters: Counters = field(default_factory=Counters)
-    gives_way: Callable[[], bool] | None = None  # whether a step that may wait is to be abandoned
+    gives_way: Callable[[], bool] | None = None
+    most_rows: int | None = None
+    prefill_share: float = PREFILL_SHARE
+    clock: Callable[[], float] = time.perf_counter
+    _piece: tuple[TurnWork, Piece, StepUnderWay] | None = None  # a prefill's, under way
+    _decode_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=15))
 
     @property
     def idle(self) -> bool:
         return not (self.prefilling or self.decoding or self.sealing or self.scoring)
 
+    @property
+    def sealing(self) -> deque[SealWork]:
+        return self.behind.sealing
+
+    @property
+    def scoring(self) -> deque[ScoreWork]:
+        return self.behind.scoring
+
     def add(self, work: TurnWork) -> None:
+        self.behind.leave(work.cache)
         if work.pieces:
-            self.prefilling.append(work)
+            self.prefilling.add(work)
         else:
             self.decoding.append(work)
 
     def cancel(self, turn_id: str) -> list[Event]:
         """Take a turn out between steps. Its KV stays; tokens sampled so far were delivered."""
-        for queue in (self.prefilling, self.decoding):
-            for work in list(queue):
-                if work.turn_id == turn_id:
-                    queue.remove(work)
-                    return [Ended(turn_id, FinishReason.ABORTED)]
+        for work in (*self.prefilling, *self.decoding):
+            if work.turn_id == turn_id:
+                self._take_out(work)
+                return [Ended(turn_id, FinishReason.ABORTED)]
         return []
+
+    def _take_out(self, work: TurnWork) -> None:
+        if work in self.decoding:
+            self.decoding.remove(work)
+        else:
+            self.prefilling.remove(work)
+        if self._piece is not None and self._piece[0] is work:
+            self._piece = None
 
     def cancel_idle(self, owner: str) -> None:
         """Take a session's sealing and scoring out between steps. Its cache is clean afterwards."""
-        self.sealing = deque(work for work in self.sealing if work.owner != owner)
-        for work in list(self.scoring):
-            if work.owner == owner:
-                self.scoring.remove(work)
-                work.scoring.abandon()
+        self.behind.cancel(owner)
 
     def step(self) -> list[Event]:
-        """Run the next piece of work: a prefill piece and a decode step, or else one cell to seal, or to score with."""
+        """Run the next piece of work: a share of a prefill and a decode step, or else a cell to seal, or to score."""
         events: list[Event] = []
         decoding = list(self.decoding)  # a turn whose first token comes now decodes in the next step
         if self.prefilling:
-            events += self._guarded([self.prefilling[0]], self._prefill)
+            events += self._prefill(self._slice() if decoding else self._may_rest)
         if decoding:
-            events += self._guarded(decoding, self._decode)
+            events += self._decode_all(decoding)
         elif not events and not self.prefilling and not self.decoding:
-            events += self._seal() if self.sealing else self._score() if self.scoring else []
+            events += self.behind.advance(self.model, self.cell_tokens, self._may_rest, self.counters)
         self.counters.steps += 1
         return events
 
-    def _guarded(self, works: list[TurnWork], run: Callable[[list[TurnWork]], list[Event]]) -> list[Event]:
-        """A step that raises ends its turns with the error; other sessions and the thread go on."""
-        try:
-            return run(works)
-        except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
-            for work in works:
-                if work in self.prefilling:
-                    self.prefilling.remove(work)
-                if work in self.decoding:
-                    self.decoding.remove(work)
-            return [Ended(work.turn_id, FinishReason.ABORTED, error=error) for work in works]
+    def _may_rest(self) -> bool:
+        return self.gives_way is not None and self.gives_way()
 
-    def _prefill(self, works: list[TurnWork]) -> list[Event]:
-        work = works[0]
+    def _slice(self) -> Callable[[], bool]:
+        """Whether a prefill has had its time beside turns that decode."""
+        recent = statistics.median(self._decode_seconds) if self._decode_seconds else 0.0
+        until = self.clock() + self.prefill_share * recent
+        return lambda: self.clock() >= until
+
+    def _failed(self, works: list[TurnWork], error: Exception) -> list[Event]:
+        """A step that raises ends its turns with the error; other sessions and the thread go on."""
+        for work in works:
+            self._take_out(work)
+        return [Ended(work.turn_id, FinishReason.ABORTED, error=error) for work in works]
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+
+    def _prefill(self, enough: Callable[[], bool]) -> list[Event]:
+        """Advance the piece under way, or else the next one in line; whoever waits for its end gets it then."""
+        work = self._piece[0] if self._piece is not None else self.prefilling.next()
+        try:
+            piece, step = self._piece[1:] if self._piece is not None else self._begin_piece(work)
+            logits = step.advance(enough)
+            if logits is None:
+                return []
+            self._piece = None
+            return self._piece_done(work, piece, logits)
+        except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
+            return self._failed([work], error)
+
+    def _begin_piece(self, work: TurnWork) -> tuple[Piece, StepUnderWay]:
         piece = work.pieces.popleft()
-        last = not work.pieces
-        wants_token = last and not work.pending
+        wants_token = not work.pieces and not work.pending
         feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start, work.cache.selection)
         work.before_piece(piece)
-        logits = self.model.step([feed], [piece.end - piece.start - 1] if wants_token else [])
+        step = self.model.begin([feed], [piece.end - piece.start - 1] if wants_token else [])
+        self._piece = work, piece, step
+        return piece, step
+
+    def _piece_done(self, work: TurnWork, piece: Piece, logits: Tensor) -> list[Event]:
         work.after_piece(piece)
         self.counters.prefilled += piece.end - piece.start
         self.counters.recomputed += work.recomputed(piece.start, piece.end)
-        events: list[Event] = []
-        if last:
-            self.prefilling.popleft()
-            over = False
-            if wants_token:
-                events, over = self._sample(work, logits[0])
-            if not over:
-                self.decoding.append(work)
-        elif len(self.prefilling) > 1:
-            self.prefilling.rotate(-1)
+        if work.pieces:
+            return []
+        self.prefilling.remove(work)
+        events, over = self._sample(work, logits[0]) if len(logits) else ([], False)
+        if not over:
+            self.decoding.append(work)
+        return events
+
+    # --- tokens --------------------------------------------------------------------------------------------------
+
+    def _decode_all(self, works: list[TurnWork]) -> list[Event]:
+        """One token of every turn, in as few forwards as may be."""
+        began, events = self.clock(), []
+        most = self.most_rows or len(works)
+        for first in range(0, len(works), most):
+            together = works[first : first + most]
+            try:
+                events += self._decode(together)
+            except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
+                events += self._failed(together, error)
+        self._decode_seconds.append(self.clock() - began)
         return events
 
     def _decode(self, works: list[TurnWork]) -> list[Event]:
@@ -147,45 +198,3 @@ class Scheduler:
             return work.accept(sampled)
         except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
             return [Ended(work.turn_id, FinishReason.ABORTED, error=error)], True
-
-    def _seal(self) -> list[Event]:
-        work = self.sealing[0]
-        cache, start = work.cache, work.cache.sealed
-        if start + self.cell_tokens > work.upto:
-            self.sealing.popleft()
-            return [CellSealed(work.owner, -1)]
-        end = start + self.cell_tokens
-        try:
-            self.model.step([Feed(cache, work.tokens[start:end], start)], [], self._gives_way_for(work))
-        except InterruptedStepError:  # the cell is as provisional as before, and is computed again later
-            work.abandoned += 1
-            return []
-        except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
-            self.sealing.popleft()
-            return [CellSealed(work.owner, -1, error)]
-        work.abandoned = 0
-        cache.sealed = end
-        cache.length = max(cache.length, end)
-        self.counters.sealed += self.cell_tokens
-        return [CellSealed(work.owner, start // self.cell_tokens)]
-
-    def _gives_way_for(self, work: SealWork | ScoreWork) -> Callable[[], bool] | None:
-        """Where turns come all the time a step is let through after some tries: else nothing would ever be sealed."""
-        return self.gives_way if work.abandoned < MOST_ABANDONED else None
-
-    def _score(self) -> list[Event]:
-        work, error = self.scoring[0], None
-        try:
-            if not work.scoring.is_over:
-                self.counters.probed += work.scoring.run_piece(self.model, self._gives_way_for(work))
-            work.abandoned = 0
-        except InterruptedStepError:
-            work.abandoned += 1
-            return []
-        except Exception as raised:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
-            work.scoring.abandon()
-            error = raised
-        if error is None and not work.scoring.is_over:
-            return []
-        self.scoring.popleft()
-        return [Scored(work.owner, error)]

@@ -1,4 +1,4 @@
-"""What a step leads to: tokens, ends of turns, cells that became sealed. The engine hands them over once a step."""
+"""What steps lead to: tokens, ends of turns, cells that became sealed; and how much was computed in all."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ class Scored:
     owner: str
     error: Exception | None = None
     is_over: bool = True
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since start, in tokens or steps."""
+
+    prefilled: int = 0  # positions computed in pieces, those computed again included
+    recomputed: int = 0  # positions that turns computed again: made canonical, or lost with the memory that held them
+    decoded: int = 0  # tokens sampled
+    sealed: int = 0  # positions sealed behind the turns; those of canonical prefill pieces are not among them
+    probed: int = 0  # tokens computed to score others
+    steps: int = 0
 
 
 Event = TokenOut | Ended | CellSealed | Scored

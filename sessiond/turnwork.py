@@ -57,6 +57,7 @@ class TurnWork:
     `known`: positions of the history whose KV had been computed before; computing them again is counted.
     `policy` decides which positions before `turn_start` its tokens attend to. What it computes then is provisional,
     unless prompts attend to everything. `reading` is told what its steps read.
+    `tenant` and `priority` decide when its pieces are computed (line.py).
     """
 
     def __init__(
@@ -77,8 +78,12 @@ class TurnWork:
         policy: Policy = FULL,
         turn_start: int = 0,
         reading: Reading | None = None,
+        tenant: str = "",
+        priority: int = 0,
     ) -> None:
         self.turn_id = turn_id
+        self.tenant = tenant
+        self.priority = priority
         self.reading = reading
         self.cache = cache
         self.tokens = tokens

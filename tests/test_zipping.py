@@ -220,22 +220,3 @@ def test_a_head_that_keeps_all_of_history_does_not_make_the_others_keep_it():
     assert [int((row >= 0).sum()) for row in taken.positions] == [300, 0]
     cache.use(parse("kvzip", {"share": 1.0}), 300)
     assert cache.selection.choose(0, query, cache.keys[0], cache.values[0], 305, 1.0, decoding=True) is None
-
-
-def test_a_turn_interrupts_a_piece_between_two_layers_and_scores_stay_the_same():
-    model = make_pair("llama").ours
-    session, plain = filled(model, 330), filled(model, 330)
-    expected = scored(plain, 100).scores
-    calls = 0
-
-    def gives_way() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls % 5 == 0
-
-    scheduler = Scheduler(model, CELL, gives_way=gives_way)
-    scheduler.scoring.append(work_of(session, 100))
-    drain(scheduler)
-    assert calls > 10
-    assert torch.equal(session.cache.prior.scores, expected)
-    assert state(session.cache) == state(plain.cache)
