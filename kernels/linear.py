@@ -21,6 +21,21 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     return F.linear(x, weight, bias)
 
 
+def invariant_rows(weight: Tensor) -> int:
+    """With so many rows at most, `linear` gives each the same bits as alone."""
+    return MOST_ROWS if _compiled(weight) else 1
+
+
+def _compiled(weight: Tensor) -> bool:
+    return (
+        AVX512_BF16
+        and weight.shape[1] % STEP == 0
+        and weight.dtype is torch.bfloat16
+        and weight.is_contiguous()
+        and weight.device.type == "cpu"
+    )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`linear_reference`, by the compiled kernel where it is the faster one: bf16 and at most MOST_ROWS rows.
 
@@ -28,15 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     n_out, n_in = weight.shape
     rows = x.numel() // n_in
-    if (
-        not AVX512_BF16
-        or not 0 < rows <= MOST_ROWS
-        or n_in % STEP
-        or x.dtype is not torch.bfloat16
-        or weight.dtype is not torch.bfloat16
-        or not weight.is_contiguous()
-        or weight.device.type != "cpu"
-    ):
+    if not 0 < rows <= MOST_ROWS or x.dtype is not torch.bfloat16 or not _compiled(weight):
         return linear_reference(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty((*x.shape[:-1], n_out))

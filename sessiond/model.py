@@ -17,7 +17,7 @@ from sessiond import attention
 from sessiond.cache import PackedCache, PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.kernels.attention import Scratch
-from sessiond.kernels.linear import linear
+from sessiond.kernels.linear import invariant_rows, linear
 from sessiond.kernels.native_library import AVX512_BF16
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import ModelFacts
@@ -108,6 +108,11 @@ class Model:
         """Kinds of the layers of a config that does not list them."""
         window = getattr(self.config, "sliding_window", None)
         return ["sliding_attention" if window else "full_attention"] * self.shape.n_layers
+
+    @property
+    def invariant_rows(self) -> int:
+        """So many sessions at most may decode in one step and each get the same bits as alone."""
+        return min(invariant_rows(one.weight) for one in self.module.modules() if isinstance(one, FewRowLinear))
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

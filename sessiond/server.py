@@ -192,7 +192,13 @@ class Daemon:
             log.warning("sessions of another model", sessions=count, differing=fields, identity=other)
 
         posts: list[Callable[[list[Event]], None]] = []
-        engine = Engine(model, store.cell_tokens, settings.threads, lambda events: posts[0](events))
+        engine = Engine(
+            model,
+            store.cell_tokens,
+            settings.threads,
+            lambda events: posts[0](events),
+            batch_invariant=settings.batch_invariant,
+        )
         tiers = Tiers(store, model.shape, model.max_context, identity_id, profile_id)
         self.desk = Desk(settings, store, engine, tiers, tokenizer, ChatTemplate(tokenizer, model.eos_ids), identity_id)
         posts.append(self.desk.post)

@@ -176,6 +176,8 @@ class Turn:
             policy=plan.policy,
             turn_start=len(live.ids),
             reading=self.reading,
+            tenant=plan.record.tenant,
+            priority=plan.priority,
         )
         for token in work.replayed:
             self.stream.tokens.append(Tokens.of(token))

@@ -45,7 +45,7 @@ LAYERS: list[list[str]] = [
     ["turnevents"],
     ["audit"],
     ["desk"],
-    ["scrub"],
+    ["scrub", "turnplaces"],
     ["sharing"],
     ["live"],
     ["lifecycle", "handover"],

@@ -92,6 +92,7 @@ class FakeModel:
         self.facts = ModelFacts(SHAPE.n_layers, SHAPE.n_kv_heads, SHAPE.head_dim, tuple(range(SHAPE.n_layers)), CONTEXT)
         self.rope = self.sliding_window = None
         self.eos_ids = (STOP,)
+        self.invariant_rows = 1
         self._left: int | None = None  # tokens that may still be sampled; None: any number
         self._let = threading.Condition()
 
