@@ -6,7 +6,7 @@ Each runs one forward at a time, of a cell or a piece, which rests between two l
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from sessiond.cache import SessionCache
@@ -83,7 +83,7 @@ class IdleLine:
 
     def advance(self, model: Model, cell_tokens: int, enough: Callable[[], bool], counters: Counters) -> list[Event]:
         """Compute layers of the forward under way, or else of the next one, until `enough` says so."""
-        work = self._under_way[0] if self._under_way else next(iter((*self.sealing, *self.scoring)), None)
+        work = self._under_way[0] if self._under_way else next(self._waiting(), None)
         if work is None:
             return []
         try:
@@ -98,6 +98,10 @@ class IdleLine:
         except Exception as error:  # noqa: BLE001 - the engine's boundary: nothing may end the thread
             return [self._over(work, error)]
 
+    def _waiting(self) -> Iterator[SealWork | ScoreWork]:
+        yield from self.sealing
+        yield from self.scoring
+
     def _over(self, work: SealWork | ScoreWork, error: Exception | None = None) -> Event:
         self._drop(work)
         return work.over(error)
@@ -109,7 +113,7 @@ class IdleLine:
             self._under_way = None
 
     def cancel(self, owner: str) -> None:
-        for work in (*self.sealing, *self.scoring):
+        for work in list(self._waiting()):
             if work.owner == owner:
                 self._drop(work)
 

@@ -215,7 +215,8 @@ def _nucleus(weights: Floats, top_p: float) -> Ints:
     kept = few > least
     n_ties = n_kept - int(np.count_nonzero(kept))
     kept[np.flatnonzero(few == least)[:n_ties]] = True
-    return ids[kept]
+    nucleus: Ints = ids[kept]
+    return nucleus
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
