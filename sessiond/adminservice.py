@@ -73,6 +73,7 @@ class AdminService(AdminServicer):
             sessions_by_tier={"hot": hot, "cold": usage.sessions - usage.deleted - hot},
             sessions_deleted=usage.deleted,
             turns_running=len(desk.turns),
+            turns_queued=max(0, len(desk.places) - len(desk.turns)),
             turns_suspended=max(0, usage.suspended - len(desk.turns)),  # a running one is open as well
             memory_bytes_by_tier={"device": desk.hot_bytes},
             memory_budget_bytes_by_tier={"device": desk.settings.memory_budget_bytes},
