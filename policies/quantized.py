@@ -1,8 +1,7 @@
 """Keys and values in few bits: asymmetric, a scale and a zero for each group of numbers (METHODS.md, first table).
 
-A row of D numbers becomes D codes of `bits` bits, two or four to a byte, and two bf16 numbers for each group. As an
-index (QuantizedKeys) they rank tokens and nothing is computed from them; as a view (QuantizedKV) they stand in for the
-exact ones.
+A row of D numbers becomes D codes of `bits` bits, two or four to a byte, and two bf16 numbers for each group. They
+stand in for the exact ones (QuantizedKV); keyindex.py has the codes that only rank tokens.
 """
 
 from __future__ import annotations
@@ -121,20 +120,6 @@ class Codes:
         mask = 2**self._bits - 1
         parts = [packed >> (i * self._bits) & mask for i in range(8 // self._bits)]
         return torch.cat(parts, -1)[..., : self._width]
-
-
-class QuantizedKeys(Codes):
-    """Keys as an index: one scale and zero for each token and head."""
-
-    def __init__(self, bits: int) -> None:
-        super().__init__(bits)
-
-    def scores(self, query: Tensor, n: int) -> Tensor:
-        """query [G, R, D] against the first `n` keys: [G, R, n], fp32, without the softmax's scaling."""
-        query = query.float()
-        codes = self._unpack(self._codes[:, :n]).to(torch.float32)
-        scale, low = self._scales[:, :n].float().unbind(-1)
-        return query @ codes.transpose(-1, -2) * scale[:, None] + query.sum(-1, keepdim=True) * low[:, None]
 
 
 class QuantizedKV:

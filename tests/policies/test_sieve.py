@@ -10,7 +10,7 @@ import torch
 from sessiond.errors import InvalidConfig
 from sessiond.policies.base import LayerView
 from sessiond.policies.prior import Prior
-from sessiond.policies.quantized import QuantizedKeys
+from sessiond.policies.keyindex import QuantizedKeys
 from sessiond.policies.registry import parse
 
 G, SHARE, D = 2, 3, 16
