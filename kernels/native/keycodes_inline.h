@@ -12,7 +12,7 @@
 
 #include "native.h"
 
-enum { TILE_KEYS = 16, MOST_FIELDS = 512, MOST_SHARE = 16 };
+enum { TILE_KEYS = 16, MOST_FIELDS = 512 };
 
 struct code_shape {
     int64_t head_dim, n_vectors, tile_bytes;
@@ -81,28 +81,22 @@ INLINE void score_tile_plain(const struct code_shape *shape, const uint8_t *tile
 }
 
 #if HAVE_X86
-/* Fields i of both halves as the bf16 numbers 16 + code, or 4 + code of two bits: the code is put into the mantissa. */
-INLINE AVX512 void open_fields(const int WIDTH, __m512i word, __m512bh out[8]) {
+/* Field i of both halves as the bf16 numbers 16 + code, or 4 + code of two bits: the code goes into the mantissa. */
+INLINE AVX512 __m512bh open_field(const int WIDTH, const int i, __m512i word) {
     const __m512i mask = _mm512_set1_epi16(WIDTH == 4 ? 0x78 : 0x60);
     const __m512i offset = _mm512_set1_epi16(WIDTH == 4 ? 0x4180 : 0x4080);
-    __m512i moved[8];
-    if (WIDTH == 4) {
-        moved[0] = _mm512_slli_epi16(word, 3);
-        moved[1] = _mm512_srli_epi16(word, 1);
-        moved[2] = _mm512_srli_epi16(word, 5);
-        moved[3] = _mm512_srli_epi16(word, 9);
-    } else {
-        moved[0] = _mm512_slli_epi16(word, 5);
-        moved[1] = _mm512_slli_epi16(word, 3);
-        moved[2] = _mm512_slli_epi16(word, 1);
-        moved[3] = _mm512_srli_epi16(word, 1);
-        moved[4] = _mm512_srli_epi16(word, 3);
-        moved[5] = _mm512_srli_epi16(word, 5);
-        moved[6] = _mm512_srli_epi16(word, 7);
-        moved[7] = _mm512_srli_epi16(word, 9);
+    const int up = WIDTH == 4 ? 3 - 4 * i : 5 - 2 * i;
+    switch (up) { /* shifts take constants */
+    case 5: word = _mm512_slli_epi16(word, 5); break;
+    case 3: word = _mm512_slli_epi16(word, 3); break;
+    case 1: word = _mm512_slli_epi16(word, 1); break;
+    case -1: word = _mm512_srli_epi16(word, 1); break;
+    case -3: word = _mm512_srli_epi16(word, 3); break;
+    case -5: word = _mm512_srli_epi16(word, 5); break;
+    case -7: word = _mm512_srli_epi16(word, 7); break;
+    default: word = _mm512_srli_epi16(word, 9); break;
     }
-    for (int i = 0; i < 16 / WIDTH; i++)
-        out[i] = (__m512bh)_mm512_ternarylogic_epi32(moved[i], mask, offset, 0xEA); /* a & b | c */
+    return (__m512bh)_mm512_ternarylogic_epi32(word, mask, offset, 0xEA); /* a & b | c */
 }
 
 /* Scores of NT tiles for NR rows; a key's sum is the same for every NT and NR. */
@@ -116,16 +110,21 @@ INLINE AVX512 void score_tiles(const int WIDTH, const int NT, const int NR, cons
             acc[r][t] = _mm512_set1_ps((WIDTH == 4 ? -16.0f : -4.0f) * query[r].field_sum);
     for (int part = 0; part < query[0].n_parts; part++)
         for (int64_t v = 0; v < shape->n_vectors; v++) {
-            __m512bh codes[4][8];
-            for (int t = 0; t < NT; t++)
-                open_fields(WIDTH, _mm512_loadu_si512(tiles + t * tile_bytes + v * 64), codes[t]);
-            for (int i = 0; i < 16 / WIDTH; i++)
+            __m512i words[4];
+            for (int t = 0; t < NT; t++) words[t] = _mm512_loadu_si512(tiles + t * tile_bytes + v * 64);
+#pragma GCC unroll 8
+            for (int i = 0; i < 16 / WIDTH; i++) {
+                __m512bh pairs[4];
                 for (int r = 0; r < NR; r++) {
                     uint32_t pair;
                     memcpy(&pair, query[r].parts[part] + (v * 16 / WIDTH + i) * 2, sizeof pair);
-                    __m512bh q = (__m512bh)_mm512_set1_epi32((int)pair);
-                    for (int t = 0; t < NT; t++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], codes[t][i], q);
+                    pairs[r] = (__m512bh)_mm512_set1_epi32((int)pair);
                 }
+                for (int t = 0; t < NT; t++) {
+                    __m512bh codes = open_field(WIDTH, i, words[t]);
+                    for (int r = 0; r < NR; r++) acc[r][t] = _mm512_dpbf16_ps(acc[r][t], codes, pairs[r]);
+                }
+            }
         }
     for (int t = 0; t < NT; t++) {
         const __m256i *ends = (const __m256i *)(tiles + t * tile_bytes + shape->n_vectors * 64);

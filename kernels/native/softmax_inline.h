@@ -25,30 +25,19 @@ INLINE float exp_falling(float x) {
     return x < -87.0f ? 0.0f : p * power.value;
 }
 
-/* The largest of row[n]; NaN if one is NaN; -inf for none. */
+/* The largest of row[n]; -inf for none. NaN is passed over: it comes back in the sum. */
 INLINE float row_max(const float *row, int64_t n) {
     float most[16];
-    int strange[16] = {0};
     for (int j = 0; j < 16; j++) most[j] = -INFINITY;
     int64_t i = 0;
     for (; i + 16 <= n; i += 16)
-        for (int j = 0; j < 16; j++) {
-            float x = row[i + j];
-            most[j] = x > most[j] ? x : most[j];
-            strange[j] |= x != x;
-        }
-    for (; i < n; i++) {
-        most[0] = row[i] > most[0] ? row[i] : most[0];
-        strange[0] |= row[i] != row[i];
-    }
-    for (int j = 1; j < 16; j++) {
-        most[0] = most[j] > most[0] ? most[j] : most[0];
-        strange[0] |= strange[j];
-    }
-    return strange[0] ? NAN : most[0];
+        for (int j = 0; j < 16; j++) most[j] = row[i + j] > most[j] ? row[i + j] : most[j];
+    for (; i < n; i++) most[0] = row[i] > most[0] ? row[i] : most[0];
+    for (int j = 1; j < 16; j++) most[0] = most[j] > most[0] ? most[j] : most[0];
+    return most[0];
 }
 
-/* row[i] becomes e^(row[i] - max); returns their sum, by 16 lanes. Rows without a number above -inf become NaN. */
+/* row[i] becomes e^(row[i] - max); returns their sum, by 16 lanes: NaN if a number is NaN. */
 INLINE float soften(float *row, int64_t n, float max) {
     float sums[16] = {0};
     int64_t i = 0;
