@@ -29,7 +29,14 @@ class Enough:
 
 
 def heaviest_reference(
-    query: Tensor, tiles: Tensor, n: int, n_earlier: int, bits: int, scaling: float, enough: Enough, prior: Tensor | None
+    query: Tensor,
+    tiles: Tensor,
+    n: int,
+    n_earlier: int,
+    bits: int,
+    scaling: float,
+    enough: Enough,
+    prior: Tensor | None,
 ) -> Tensor:
     """Positions [G, K], ascending, of those among the first `n_earlier` of `n` keys that weigh most for one query.
 
@@ -49,7 +56,14 @@ def heaviest_reference(
 
 
 def heaviest(
-    query: Tensor, tiles: Tensor, n: int, n_earlier: int, bits: int, scaling: float, enough: Enough, prior: Tensor | None
+    query: Tensor,
+    tiles: Tensor,
+    n: int,
+    n_earlier: int,
+    bits: int,
+    scaling: float,
+    enough: Enough,
+    prior: Tensor | None,
 ) -> Tensor:
     """`heaviest_reference`, compiled where it can be: the same positions, but where estimates tie in all but rounding.
 
@@ -63,8 +77,9 @@ def heaviest(
         return heaviest_reference(query, tiles, n, n_earlier, bits, scaling, enough, prior)
     known, stride, n_known = 0, 0, 0
     if prior is not None:
-        if prior.dtype is not torch.float16 or prior.shape[0] != n_groups or prior.stride(1) != 1:
-            raise ValueError(f"a prior of shape {tuple(prior.shape)} and type {prior.dtype}")
+        if prior.shape[0] != n_groups:
+            raise ValueError(f"a prior of shape {tuple(prior.shape)} for {n_groups} groups")
+        prior = prior.half().contiguous()
         known, stride, n_known = prior.data_ptr(), prior.stride(0), prior.shape[1]
     query = query.contiguous()
     out = torch.empty(n_groups * min(enough.most, n_earlier), dtype=torch.int64)

@@ -22,5 +22,3 @@ def scratch(n_words: int) -> int:
         _kept.words = torch.empty(n_words // 2 + n_words // 8 + 1, dtype=torch.int64)
         _kept.address = _kept.words.data_ptr()
     return _kept.address
-
-

@@ -34,7 +34,5 @@ def top(scores: Tensor, k: int) -> Tensor:
         scores = scores.contiguous()
     out = torch.empty(n_groups, k, dtype=torch.int64)
     room = scratch(n_groups * 3 * (n + 16))
-    lib.select_top(
-        scores.data_ptr(), scores.stride(0), n_groups, n, k, out.data_ptr(), room, torch.get_num_threads()
-    )
+    lib.select_top(scores.data_ptr(), scores.stride(0), n_groups, n, k, out.data_ptr(), room, torch.get_num_threads())
     return out
