@@ -68,6 +68,7 @@ def scores(query: Tensor, bounds: Tensor, n_pages: int, rising: Tensor | None = 
     """`scores_reference`, compiled where it can be: sums in fp32."""
     if rising is not None and (rising.shape[1] not in (1, query.shape[1]) or rising.dtype is not torch.bool):
         raise ValueError(f"rising of shape {tuple(rising.shape)} and type {rising.dtype}")
+    check(query, bounds, n_pages)
     if not supported(query, bounds) or n_pages == 0:
         return scores_reference(query, bounds, n_pages, rising)
     return _scored(query, bounds, n_pages, rising, best=False)
@@ -75,6 +76,7 @@ def scores(query: Tensor, bounds: Tensor, n_pages: int, rising: Tensor | None = 
 
 def best_scores(query: Tensor, bounds: Tensor, n_pages: int) -> Tensor:
     """A page's best score of a group's heads, each with its own sign: [G, P] fp32."""
+    check(query, bounds, n_pages)
     if not supported(query, bounds) or n_pages == 0:
         return scores_reference(query, bounds, n_pages).amax(1)
     return _scored(query, bounds, n_pages, None, best=True)
@@ -105,7 +107,6 @@ def check(query: Tensor, bounds: Tensor, n_pages: int) -> None:
 
 
 def _scored(query: Tensor, bounds: Tensor, n_pages: int, rising: Tensor | None, *, best: bool) -> Tensor:
-    check(query, bounds, n_pages)
     n_groups, n_share, head_dim = query.shape
     query = query.contiguous()
     rising = None if rising is None else rising.contiguous()

@@ -7,9 +7,9 @@ stand in for the exact ones (QuantizedKV); keyindex.py has the codes that only r
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sessiond.kernels.quantize import quantize
 from sessiond.policies.base import ModelFacts, Taken
 
 BITS = (2, 4, 8)
@@ -59,13 +59,8 @@ class Codes:
         if end <= start:
             return
         self._reserve(rows, end)
-        new = self._grouped(rows[:, start:end].float())
-        low, high = new.amin(-1), new.amax(-1)
-        scale = ((high - low) / (2**self._bits - 1)).clamp(min=1e-8).to(torch.bfloat16)
-        low = low.to(torch.bfloat16)
-        codes = ((new - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**self._bits - 1)
-        self._codes[:, start:end] = self._pack(codes.to(torch.uint8).flatten(-2)[..., : self._width])
-        self._scales[:, start:end] = torch.cat([scale, low], -1)
+        group = self._group or self._width
+        quantize(rows[:, start:], self._codes[:, start:end], self._scales[:, start:end], self._bits, group)
         self.n = end
 
     def read(self, n: int, dtype: torch.dtype) -> Tensor:
@@ -88,12 +83,6 @@ class Codes:
             return of_groups
         return of_groups.repeat_interleave(self._group, -1)[..., : self._width]
 
-    def _grouped(self, rows: Tensor) -> Tensor:
-        """[G, N, D] to [G, N, P, D of a group]; the last number fills a short group up, which changes no bound."""
-        size = self._group or self._width
-        filling = rows[..., -1:].expand(*rows.shape[:-1], -self._width % size)
-        return torch.cat([rows, filling], -1).view(*rows.shape[:-1], -1, size)
-
     def _reserve(self, rows: Tensor, end: int) -> None:
         n_groups, _, self._width = rows.shape
         if self._codes.ndim == 3 and end <= self._codes.shape[1]:
@@ -106,14 +95,6 @@ class Codes:
             codes[:, : self.n] = self._codes[:, : self.n]
             scales[:, : self.n] = self._scales[:, : self.n]
         self._codes, self._scales = codes, scales
-
-    def _pack(self, codes: Tensor) -> Tensor:
-        """[..., D] codes below 2^bits to [..., B] bytes, B = D * bits / 8 rounded up; the first in the lowest bits."""
-        parts = F.pad(codes, (0, -codes.shape[-1] % (8 // self._bits))).chunk(8 // self._bits, -1)
-        packed = parts[0].clone()
-        for i, part in enumerate(parts[1:], 1):
-            packed |= part << (i * self._bits)
-        return packed
 
     def _unpack(self, packed: Tensor) -> Tensor:
         """The codes [..., D] of bytes [..., B]."""
