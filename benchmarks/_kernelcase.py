@@ -1,4 +1,4 @@
-"""What `make bench-kernels` measures: a kernel on one shape, beside its reference, with what it must read and compute."""
+"""What `make bench-kernels` measures: a kernel on one shape, its reference, and what it must read and compute."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,9 @@ from sessiond.policies.base import ModelFacts
 from sessiond.policies.probing import Capture
 from sessiond.selection import Selection
 from sessiond.types import KVShape
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Architectures proven against transformers' own generate (tests/test_architectures.py).
 SUPPORTED = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -50,8 +55,25 @@ class Feed:
     capture: Capture | None = None
 
 
+def _clocked(method: Callable[Concatenate[Model, P], T]) -> Callable[Concatenate[Model, P], T]:
+    """Adds the time that a method of Model takes to its `forward_seconds`."""
+
+    @functools.wraps(method)
+    def call(self: Model, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        began = time.perf_counter()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.forward_seconds += time.perf_counter() - began
+
+    return call
+
+
 class Model:
-    """A causal language model whose attention and cache are ours. Not thread-safe: the engine thread owns it."""
+    """A causal language model whose attention and cache are ours. Not thread-safe: the engine thread owns it.
+
+    `forward_seconds`: time spent computing steps since it was made.
+    """
 
     def __init__(self, module: Any) -> None:
         config = module.config.get_text_config()
@@ -78,6 +100,7 @@ class Model:
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=_DTYPE_NAMES[module.dtype],
         )
+        self.forward_seconds = 0.0
         self._scratch = Scratch()
         self._rope = _rope_of(self.module)
 
@@ -160,6 +183,7 @@ class Model:
         """`step` in pieces: nothing is computed before its `advance` is called."""
         return StepUnderWay(self, feeds, logit_rows)
 
+    @_clocked
     @torch.inference_mode()
     def step(
         self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None

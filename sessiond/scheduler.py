@@ -266,6 +266,7 @@ class Counters:
     sealed: int = 0  # positions sealed behind the turns; those of canonical prefill pieces are not among them
     probed: int = 0  # tokens computed to score others
     steps: int = 0
+    step_seconds: float = 0.0  # in steps and in handing over what came of them
 
 
 @dataclass(slots=True)
