@@ -20,7 +20,7 @@ MOST_IDLE_SHARE = 0.05  # of one core, that a contender may use while another is
 
 @dataclass(slots=True)
 class Measured:
-    """`values`: by metric and contender, in the order of repeats. `answers`: by prompt and contender, the first seen."""
+    """`values`: by metric and contender, in the order of repeats. `answers`: by prompt and contender, first seen."""
 
     values: dict[str, dict[str, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
     answers: dict[str, dict[str, list[int]]] = field(default_factory=lambda: defaultdict(dict))

@@ -1,12 +1,14 @@
 """transformers as its authors intend it, in a process of its own: an order a line of JSON in, an answer a line out.
 
 `generate` with a DynamicCache and default attention for one prompt; for several `generate_batch`, its continuous
-batching, with a persistent manager, so that it keeps its pages and shares prompts it has computed. bf16. are those of `time.perf_counter`, which processes of one machine share.
+batching, with a persistent manager, so that it keeps its pages and shares prompts that it has computed. bf16. Times are
+those of `time.perf_counter`, which processes of one machine share.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils.logging import disable_progress_bar
 
 PAGE_TOKENS = 256  # transformers' default
 SPARE_PAGES = 32
@@ -113,6 +116,8 @@ class Peer:
 
 
 def main() -> None:
+    disable_progress_bar()
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     peer = Peer(sys.argv[1], int(sys.argv[2]))
     answers, sys.stdout = sys.stdout, sys.stderr  # what the library prints is no answer
     print(json.dumps({"attention": peer.attention}), file=answers, flush=True)
