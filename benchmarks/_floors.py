@@ -10,6 +10,7 @@ from _bench import median, rounded
 from torch import Tensor
 from transformers import AutoConfig
 
+from sessiond import modelstore
 from sessiond.kernels.probe import KINDS, multiply_rate, read_rate
 
 N_BYTES = 1 << 28  # several times any cache
@@ -40,16 +41,22 @@ class Floors:
 
 
 # Bytes of a stored weight, against bf16's two. Of int4: with a scale and an offset for every 32, as in GGUF's Q4_1.
-WEIGHT_SHARE = {"": 1.0, "bf16": 1.0, "int8": 0.5, "int4": 5 / 16}
+WEIGHT_SHARE = {"bf16": 1.0, "int8": 0.5, "int4": 5 / 16}
 
 
-def step_bytes(path: Path, weights: str, n_context: int) -> int:
-    """What a decode step of one session must read: all weights once, and bf16 keys and values of its context.
+def weight_bytes(model: str, path: Path, weights: str) -> int:
+    """What all weights of a model take, a transformers directory in bf16 at `path`; "" as weights: as stored there.
 
-    `path`: a transformers directory with bf16 weights, whose output matrix is its embedding.
+    The output matrix is the embedding. A known model's int4 is its GGUF file's own.
     """
+    known = modelstore.KNOWN_MODELS.get(model)
+    if known and weights == "int4":
+        return known.file_bytes
+    return int(sum(file.stat().st_size for file in path.glob("*.safetensors")) * WEIGHT_SHARE[weights or "bf16"])
+
+
+def kv_bytes(path: Path, n_tokens: int) -> int:
+    """Keys and values of `n_tokens`, in bf16."""
     config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
-    stored = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    return int(stored * WEIGHT_SHARE[weights]) + n_context * token_bytes
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2 * n_tokens

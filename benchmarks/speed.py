@@ -20,7 +20,7 @@ import torch
 from _bench import Conditions, arguments, console, data_folder, median, print_json, rounded, spin_as_the_daemon
 from _contender import Contender
 from _daemon import DaemonProcess
-from _floors import Floors, step_bytes
+from _floors import WEIGHT_SHARE, Floors, kv_bytes, weight_bytes
 from _peers_llama import PINNED, LlamaServer
 from _peers_transformers import TransformersPeer
 from _speed_ours import Ours
@@ -50,7 +50,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch-context", type=int, default=2048)
     found.add_argument("--stall-tokens", type=int, default=8000, help="prefilled while others decode")
     found.add_argument("--own-sessions", type=int, default=32, help="of 512 tokens, for the share of own code")
-    found.add_argument("--weights", nargs="+", default=[], help="of our daemons; figures of the first have plain names")
+    found.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        choices=sorted(WEIGHT_SHARE),
+        help="of our daemons; figures of the first have plain names",
+    )
     found.add_argument("--without", nargs="+", default=[], choices=["llama", "transformers"])
     found.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     found.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of each contender")
@@ -177,10 +183,12 @@ def bounds(run: Run) -> dict[str, float]:
     """What the machine can do, and the shares of our decode steps that reading weights and KV once would take."""
     told = run.floors.told()
     for name, weights in zip(run.names, run.weights, strict=True):
+        read_once = weight_bytes(run.options.model, run.path, weights)
         for context in run.options.contexts:
             taken = run.measured.values.get(f"decode_ms_{context}", {}).get(name)
             if taken:
-                floor_ms = step_bytes(run.path, weights, run.prompt_tokens(context)) / told["read_gb_per_s"] / 1e6
+                n_bytes = read_once + kv_bytes(run.path, run.prompt_tokens(context))
+                floor_ms = n_bytes / told["read_gb_per_s"] / 1e6
                 told[f"decode_floor_ms_{context}{run.names[name]}"] = rounded(floor_ms)
                 told[f"decode_floor_share_{context}{run.names[name]}"] = rounded(floor_ms / median(taken))
     return told

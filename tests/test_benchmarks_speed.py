@@ -169,6 +169,17 @@ def test_answers_of_another_computation_give_no_figure(report: ModuleType) -> No
         report.agreement({"batch_0": same["batch_0"]}, "ours")
 
 
+def test_a_step_reads_weights_and_kv_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    floors = load(monkeypatch, "_floors")
+    (tmp_path / "model.safetensors").write_bytes(bytes(3200))
+    found = [floors.weight_bytes("some", tmp_path, weights) for weights in ("", "bf16", "int8", "int4")]
+    assert found == [3200, 3200, 1600, 1000]
+    assert floors.weight_bytes("smollm2", tmp_path, "int4") == 98_362_432
+    config = {"model_type": "llama", "num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 9, "hidden_size": 576}))
+    assert floors.kv_bytes(tmp_path, 2) == 2 * 23_040
+
+
 # --- the driver
 
 
