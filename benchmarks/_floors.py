@@ -24,11 +24,12 @@ class Floors:
     multiply: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     _data: Tensor = field(default_factory=lambda: torch.zeros(N_BYTES // 8, dtype=torch.int64))
 
-    def sample(self) -> None:
-        """Measure each once: about 20 ms."""
-        self.read.append(read_rate(self._data))
-        for kind, rates in self.multiply.items():
-            rates.append(multiply_rate(kind))
+    def sample(self, times: int = 1) -> None:
+        """Measure each, about 20 ms at a time."""
+        for _ in range(times):
+            self.read.append(read_rate(self._data))
+            for kind, rates in self.multiply.items():
+                rates.append(multiply_rate(kind))
 
     def seconds(self, nbytes: int, multiply_adds: int = 0, kind: str = "bf16") -> float:
         """The least time a call can take that reads `nbytes` and computes so much, by the last sample."""
