@@ -89,6 +89,8 @@ class AdminService(AdminServicer):
             gauges={
                 "kv_coded_page_bytes": float(usage.coded_pages),
                 "engine_steps": float(counters.steps),
+                "engine_step_seconds": counters.step_seconds,
+                "engine_forward_seconds": counters.forward_seconds,
                 "store_read_only": float(desk.store.read_only),
                 "disk_reserve_used": float(not desk.store.has_space),
                 "scrubbed_bytes": float(desk.scrub.n_bytes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
@@ -118,4 +119,6 @@ class Engine:
                 if command is None:
                     return
                 command()
+            began = time.perf_counter()
             self._emit(self._scheduler.step())
+            self.counters.step_seconds += time.perf_counter() - began

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ from sessiond.model import Feed, Model
 from sessiond.stepevents import Counters, Ended, Event
 from sessiond.turnwork import Piece, TurnWork
 from sessiond.types import FinishReason
+
+T = TypeVar("T")
 
 PREFILL_SHARE = 1.0  # time a prefill advances between two decode steps, in recent decode steps
 
@@ -100,9 +103,17 @@ class Scheduler:
         if decoding:
             events += self._decode_all(decoding)
         elif not events and not self.prefilling and not self.decoding:
-            events += self.behind.advance(self.model, self.cell_tokens, self._may_rest, self.counters)
+            advance = self.behind.advance
+            events += self._timed(lambda: advance(self.model, self.cell_tokens, self._may_rest, self.counters))
         self.counters.steps += 1
         return events
+
+    def _timed(self, forward: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        try:
+            return forward()
+        finally:
+            self.counters.forward_seconds += time.perf_counter() - began
 
     def _may_rest(self) -> bool:
         return self.gives_way is not None and self.gives_way()
@@ -126,7 +137,7 @@ class Scheduler:
         work = self._piece[0] if self._piece is not None else self.prefilling.next()
         try:
             piece, step = self._piece[1:] if self._piece is not None else self._begin_piece(work)
-            logits = step.advance(enough)
+            logits = self._timed(lambda: step.advance(enough))
             if logits is None:
                 return []
             self._piece = None
@@ -139,7 +150,7 @@ class Scheduler:
         wants_token = not work.pieces and not work.pending
         feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start, work.cache.selection)
         work.before_piece(piece)
-        step = self.model.begin([feed], [piece.end - piece.start - 1] if wants_token else [])
+        step = self._timed(lambda: self.model.begin([feed], [piece.end - piece.start - 1] if wants_token else []))
         self._piece = work, piece, step
         return piece, step
 
@@ -178,7 +189,7 @@ class Scheduler:
             for work in works
         ]
         rows = [row for row, work in enumerate(works) if not work.pending]
-        logits = self.model.step(feeds, rows)
+        logits = self._timed(lambda: self.model.step(feeds, rows))
         for work in works:
             work.cache.length += 1
             self.counters.recomputed += work.recomputed(work.cache.length - 1, work.cache.length)

@@ -55,7 +55,7 @@ class Scored:
 
 @dataclass(slots=True)
 class Counters:
-    """Totals since start, in tokens or steps."""
+    """Totals since start, in tokens, steps or seconds."""
 
     prefilled: int = 0  # positions computed in pieces, those computed again included
     recomputed: int = 0  # positions that turns computed again: made canonical, or lost with the memory that held them
@@ -63,6 +63,8 @@ class Counters:
     sealed: int = 0  # positions sealed behind the turns; those of canonical prefill pieces are not among them
     probed: int = 0  # tokens computed to score others
     steps: int = 0
+    step_seconds: float = 0.0  # in steps and in handing over what came of them
+    forward_seconds: float = 0.0  # of these, in the model
 
 
 Event = TokenOut | Ended | CellSealed | Scored
