@@ -31,7 +31,7 @@ def top(scores: Tensor, k: int) -> Tensor:
     """
     n_groups, n = scores.shape
     if k >= n:
-        return torch.arange(n).expand(n_groups, -1)
+        return torch.arange(n, device=scores.device).expand(n_groups, -1)
     scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     # A stable sort says the same in several times the time. Of topk only the values are sure, not its order of ties.
     least = scores.topk(max(k, 1), -1).values.amin(-1, keepdim=True)
