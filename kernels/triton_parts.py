@@ -56,12 +56,15 @@ def leave(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Store the parts of M rows at `at` [M] of means [*, D] and logs [*], where `there` [M]. Saw nothing: log -inf."""
+    """Store the parts of M rows at `at` [M] of means [*, D] and logs [*], where `there` [M].
+
+    A row that saw nothing leaves the logarithm -inf and no mean.
+    """
     some = total > 0
     divisor = tl.where(some, total, 1.0)
     tl.store(logs + at, tl.where(some, largest + tl.log2(divisor), float("-inf")), mask=there)
     channels = tl.arange(0, BLOCK_D)
-    inside = there[:, None] & (channels < HEAD_DIM)[None, :]
+    inside = (there & some)[:, None] & (channels < HEAD_DIM)[None, :]
     tl.store(means + at[:, None] * HEAD_DIM + channels[None, :], mean / divisor[:, None], mask=inside)
 
 
@@ -94,7 +97,7 @@ def _join(
         now = tl.maximum(largest, log)
         floor = tl.where(now == float("-inf"), 0.0, now)
         weight, shrink = tl.exp2(log - floor), tl.exp2(largest - floor)
-        # What saw nothing was not written either.
+        # What saw nothing left no mean.
         of_part = tl.load(means + at * HEAD_DIM + channels, inside & (log > float("-inf")), other=0.0)
         mean = mean * shrink + weight * of_part
         total = total * shrink + weight

@@ -10,6 +10,8 @@ from sessiond.kernels.attention import Scratch, attend_chosen
 from sessiond.kernels.triton_chosen import attend_chosen as twin
 from sessiond.kernels.triton_chosen import attend_chosen_batch
 
+pytestmark = pytest.mark.usefixtures("unwritten_shows")
+
 # head_dim, heads of a group, new tokens, chosen positions, tokens before the turn, tokens of the turn before the new
 SHAPES = [
     (32, 1, 1, 0, 0, 0),

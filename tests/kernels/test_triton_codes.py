@@ -10,6 +10,8 @@ from sessiond.kernels.attention import Scratch, attend_chosen
 from sessiond.kernels.triton_codes import attend_codes
 from sessiond.policies.quantized import Codes
 
+pytestmark = pytest.mark.usefixtures("unwritten_shows")
+
 # head_dim, heads of a group, new tokens, coded tokens, group
 SHAPES = [
     (32, 1, 1, 1, 0),

@@ -10,6 +10,8 @@ from sessiond.kernels.attention import Scratch, attend_reference
 from sessiond.kernels.triton_decode import attend_few, attend_few_batch
 from sessiond.kernels.triton_parts import SPLIT
 
+pytestmark = pytest.mark.usefixtures("unwritten_shows")
+
 # head_dim, heads of a group, new tokens, all tokens, window
 SHAPES = [
     (32, 1, 1, 1, None),

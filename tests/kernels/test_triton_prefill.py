@@ -9,6 +9,8 @@ from triton_cases import DTYPES, Draw, close
 
 from sessiond.kernels.triton_prefill import attend_prefill
 
+pytestmark = pytest.mark.usefixtures("unwritten_shows")
+
 # head_dim, heads of a group, new tokens, tokens before, window
 SHAPES = [
     (32, 1, 1, 0, None),
