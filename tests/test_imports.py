@@ -119,6 +119,7 @@ RESTRICTED: dict[str, list[str]] = {
     "typer": ["cli", "cli_*"],
     "rich": ["cli", "cli_*"],
     "huggingface_hub": ["modelfetch"],
+    "triton": ["kernels.triton_*"],
 }  # fmt: skip
 
 CLIENT_LIBRARIES = {"grpc", "google", "grpc_status"}

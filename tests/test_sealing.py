@@ -62,7 +62,7 @@ def kernels(request, monkeypatch) -> Iterator[KernelSpy]:
     spy = KernelSpy(monkeypatch)
     yield spy
     expected = "kernels" in request.node.callspec.id
-    assert all(expected == (n > 50) for n in spy.take())
+    assert expected == (spy.take() > 50)
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_token_by_token_differs_from_canonical(model, ids, expected):
     session = Session(model)
     session.force(ids[:1], ids[1 : 2 * CELL + 1])
     assert session.cache.sealed == 0
-    assert all(digest(session.cache, i * CELL, (i + 1) * CELL) != expected[i] for i in range(2))
+    assert any(digest(session.cache, i * CELL, (i + 1) * CELL) != expected[i] for i in range(2))
     session.seal()
     assert session.cell_digests() == expected[:2]
 
