@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from step_hooks import StepHook
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -313,15 +314,16 @@ def ended(events: Sequence[Event]) -> dict[str, Ended]:
 
 
 class StepSpy:
-    """Stands before `model.step`: records each step's feeds and, if told, raises for the feeds of some caches."""
+    """Stands before a model's forwards: records each one's feeds and, if told, raises for the feeds of some caches."""
 
-    def __init__(self, model: Model) -> None:
-        self._step = model.step
+    def __init__(self, model: Model, monkeypatch: Any) -> None:
         self.steps: list[list[Feed]] = []
         self.broken: list[SessionCache] = []
+        for name in ("step", "begin"):
+            monkeypatch.setattr(model, name, getattr(model, name))  # to be put back
+        StepHook(model, self._seen)
 
-    def __call__(self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Any = None) -> Tensor:
+    def _seen(self, feeds: Sequence[Feed]) -> None:
         self.steps.append(list(feeds))
         if any(feed.cache is cache for feed in feeds for cache in self.broken):
             raise RuntimeError("the step broke")
-        return self._step(feeds, logit_rows, gives_way)

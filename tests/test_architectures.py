@@ -90,8 +90,7 @@ def test_a_long_conversation(pair):
 
 
 def test_sessions_decoding_together(pair, monkeypatch):
-    spy = StepSpy(pair.ours)
-    monkeypatch.setattr(pair.ours, "step", spy)
+    spy = StepSpy(pair.ours, monkeypatch)
     sessions = [Session(pair.ours, f"s{i}") for i in range(3)]
     prompts = [random_ids(length, seed=length) for length in (5, 129, 300)]
     scheduler = Scheduler(pair.ours, CELL)

@@ -16,8 +16,7 @@ N_NEW = 4
 
 def beside(model: Model, n: int, most_rows: int | None, monkeypatch) -> tuple[list[Session], list[int]]:
     """`n` sessions that decode together, and how many turns each decode step carried."""
-    spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
+    spy = StepSpy(model, monkeypatch)
     scheduler = Scheduler(model, CELL, most_rows=most_rows)
     sessions = [Session(model, f"s{i}") for i in range(n)]
     for i, session in enumerate(sessions):
@@ -69,8 +68,7 @@ def test_the_compiled_kernels_carry_64_turns(name, n_threads, monkeypatch):
 
 def test_a_forward_that_breaks_ends_its_own_turns_only(monkeypatch):
     model = make_pair("llama").ours
-    spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
+    spy = StepSpy(model, monkeypatch)
     scheduler = Scheduler(model, CELL, most_rows=2)
     sessions = [Session(model, f"s{i}") for i in range(4)]
     for i, session in enumerate(sessions):

@@ -44,9 +44,7 @@ def model() -> Model:
 
 @pytest.fixture
 def spy(model, monkeypatch) -> StepSpy:
-    spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
-    return spy
+    return StepSpy(model, monkeypatch)
 
 
 # --- plan_prefill --------------------------------------------------------------------------------------------------

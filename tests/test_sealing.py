@@ -140,8 +140,7 @@ def test_ten_turns_that_do_not_seal(model, ids, expected):
 
 
 def test_beside_other_sessions(model, ids, expected, kernels, monkeypatch):
-    spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
+    spy = StepSpy(model, monkeypatch)
     scheduler = Scheduler(model, CELL)
     others = [Session(model, f"other{i}") for i in range(2)]
     for i, other in enumerate(others):

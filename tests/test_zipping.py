@@ -160,8 +160,7 @@ def test_selection_and_prior_of_a_turn_are_not_disturbed():
 
 def test_turns_wait_for_one_piece_at_most_and_sealing_goes_first(monkeypatch):
     model = make_pair("llama").ours
-    spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
+    spy = StepSpy(model, monkeypatch)
     done, other, turn = filled(model, 300, "done"), Session(model, "other", random_ids(128, 2)), Session(model, "turn")
     scheduler = Scheduler(model, CELL)
     scheduler.scoring.append(work_of(done))
@@ -183,8 +182,7 @@ def test_turns_wait_for_one_piece_at_most_and_sealing_goes_first(monkeypatch):
 
 def test_a_step_that_breaks_ends_the_scoring_and_leaves_memory_clean(monkeypatch):
     session = filled(make_pair("llama").ours, 300)
-    scheduler, before, spy = Scheduler(session.model, CELL), state(session.cache), StepSpy(session.model)
-    monkeypatch.setattr(session.model, "step", spy)
+    scheduler, before, spy = Scheduler(session.model, CELL), state(session.cache), StepSpy(session.model, monkeypatch)
     scheduler.scoring.append(work_of(session))
     scheduler.step()
     spy.broken.append(session.cache)

@@ -213,7 +213,6 @@ class TestTheQueue:
             turn = await peer.turn(two, "Tell me", max_tokens=3, request_id="turn-1")
             assert turn.accepted.attachment == pb.ATTACHMENT_STARTED
 
-
     async def test_counts_those_that_wait_behind_a_turn(self, daemons, settings):
         daemon = await daemons.start(max_queued_turns=2)
         async with peer_of(daemon.port) as peer:
