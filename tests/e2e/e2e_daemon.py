@@ -15,6 +15,7 @@ import grpc
 import pytest
 from e2e_runner import run
 from google.protobuf.message import Message as Proto
+from step_hooks import StepHook
 
 from sessiond.clients import requests
 from sessiond.clients.errors import SessiondClientError, from_rpc_error
@@ -293,7 +294,6 @@ class Gate:
     def __init__(self, daemon: Daemon) -> None:
         assert daemon.desk is not None
         model = daemon.desk.engine.model
-        self._step = model.step
         self._steps = threading.Semaphore(0)
         self._open = threading.Event()
         self.waiting = threading.Event()
@@ -301,12 +301,11 @@ class Gate:
         self._cancelled = threading.Event()
         daemon.desk.engine.cancel = self._note_cancel  # type: ignore[method-assign]
         GATES.append(self)
-        model.step = self._wait  # type: ignore[method-assign]
+        StepHook(model, self._wait)
 
-    def _wait(self, *args: Any) -> Any:
+    def _wait(self, feeds: Any) -> None:
         while not self._open.is_set() and not self._steps.acquire(timeout=0.01):
             self.waiting.set()
-        return self._step(*args)
 
     def _note_cancel(self, turn_id: str) -> None:
         self._cancel(turn_id)

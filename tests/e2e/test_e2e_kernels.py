@@ -10,6 +10,7 @@ from e2e_daemon import Daemons, Gate, Peer, Turn, peer_of
 from e2e_model import NO_END, write_chat_model
 from kernel_marks import needs_build
 from kernel_spy import KernelSpy
+from step_hooks import StepHook
 
 pytestmark = needs_build
 
@@ -53,13 +54,7 @@ async def test_sessions_answer_the_same_alone_and_together(daemon, peer: Peer, k
     alone = await each_alone(peer, **sampling)
     sessions = [await opened(peer, system) for system in SYSTEMS]
     packed = []
-    step = daemon.desk.engine.model.step
-
-    def noted(feeds, rows, *rest):
-        packed.append(len(feeds))
-        return step(feeds, rows, *rest)
-
-    daemon.desk.engine.model.step = noted
+    StepHook(daemon.desk.engine.model, lambda feeds: packed.append(len(feeds)))
     for number, text in enumerate(TEXTS):
         gate = Gate(daemon)  # until all three wait, none goes ahead
         kernels.take()

@@ -18,6 +18,7 @@ from e2e_model import CONTEXT
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from step_hooks import StepHook
 
 from sessiond.clients.errors import from_rpc_error
 from sessiond.errors import InvalidConfig, UnsafeAddress
@@ -252,19 +253,17 @@ class TestFailure:
         session = await peer.create(system="Be brief.")
         whole = await peer.turn((await peer.create(system="Be brief.")).session_id, "Tell me", max_tokens=6)
         model = daemon.desk.engine.model
-        step = model.step
         calls = 0
 
-        def failing(*args):
+        def failing(feeds):
             nonlocal calls
             calls += 1
             if calls > 3:
                 raise RuntimeError("the step failed")
-            return step(*args)
 
-        model.step = failing
+        hook = StepHook(model, failing)
         turn = await peer.open(session.session_id, "Tell me", max_tokens=6, request_id="turn-1").read()
-        model.step = step
+        hook.remove()
         assert turn.kinds[0] == "accepted"
         assert turn.kinds[-1] == "failed"
         assert turn.error is not None
@@ -277,11 +276,9 @@ class TestFailure:
 
     async def test_a_failed_turn_replays_its_failure(self, peer: Peer, daemon):
         session = (await peer.create(system="Be brief.")).session_id
-        model = daemon.desk.engine.model
-        step = model.step
-        model.step = lambda *args: 1 / 0
+        hook = StepHook(daemon.desk.engine.model, lambda feeds: 1 / 0)
         first = await peer.open(session, "Tell me", max_tokens=6, request_id="turn-1").read()
-        model.step = step
+        hook.remove()
         again = await peer.open(session, "Tell me", max_tokens=6, request_id="turn-1").read()
         assert first.error is not None
         assert again.error is not None

@@ -113,7 +113,7 @@ class FakeModel:
 
     def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
         """As Model.step: KV of all feeds into their caches, logits [len(logit_rows), V]."""
-        logits = self.begin(feeds, logit_rows).advance(lambda: False)
+        logits = self.begin(feeds, logit_rows).advance()
         assert logits is not None
         return logits
 
@@ -138,12 +138,12 @@ class FakeStep:
         self._rested = False
         self._kv: list[Tensor] = []  # of each feed: [2, 2, 1, n, 4]
 
-    def advance(self, enough: Callable[[], bool]) -> Tensor | None:
+    def advance(self, enough: Callable[[], bool] | None = None) -> Tensor | None:
         if not self._rested:
             self._kv = [_kv_of(feed) for feed in self._feeds]
             self._write(0)
             self._rested = True
-            if enough():
+            if enough is not None and enough():
                 return None
         self._model.wait_for(len(self._logit_rows))
         self._write(1)

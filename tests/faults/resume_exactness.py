@@ -20,6 +20,7 @@ from e2e_daemon import Peer, peer_of
 from fake_daemon import model_folder
 from kill_runner import Mortal
 from outcome import Outcome
+from step_hooks import StepHook
 from weaknesses import WEAKNESSES
 
 from sessiond.config import Settings
@@ -72,13 +73,10 @@ class Recorder:
     def __init__(self, daemon: Daemon) -> None:
         assert daemon.desk is not None
         self.rows: list[torch.Tensor] = []
-        self._step = daemon.desk.engine.model.step
-        daemon.desk.engine.model.step = self._recorded  # type: ignore[method-assign]
+        StepHook(daemon.desk.engine.model, lambda feeds: None, self._recorded)
 
-    def _recorded(self, *args: Any) -> torch.Tensor:
-        logits = self._step(*args)
+    def _recorded(self, logits: torch.Tensor) -> None:
         self.rows += [row.clone() for row in logits]
-        return logits
 
 
 @dataclass
