@@ -16,3 +16,5 @@ BUILT: bool = lib is not None
 # Instructions that the kernels find here: 0 portable, 1 AVX2, 2 AVX-512 with BF16 and VNNI; -1: nothing is compiled.
 ISA: int = lib.isa_here() if BUILT else -1
 AVX512_BF16: bool = ISA == 2
+# What computes where a kernel has every level.
+LEVEL: str = {-1: "torch", 0: "portable", 1: "avx2", 2: "avx512_bf16"}[ISA]

@@ -18,7 +18,7 @@ from sessiond.cache import PackedCache, PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.kernels.attention import Scratch
 from sessiond.kernels.linear import linear
-from sessiond.kernels.native_library import AVX512_BF16
+from sessiond.kernels.native_library import AVX512_BF16, LEVEL
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import ModelFacts
 from sessiond.policies.probing import Capture
@@ -256,7 +256,7 @@ def numerics_profile(threads: int) -> dict[str, str]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "device": "cpu",
         "threads": str(threads),
-        "prefill": "torch",
+        "prefill": LEVEL,
         "few_rows": "avx512_bf16" if AVX512_BF16 else "torch",
         "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
         "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
