@@ -10,11 +10,9 @@ try:
 except ImportError:  # installed without a C compiler: every kernel falls back to its reference
     _ffi = _lib = None
 
-lib: Any = _lib
 ffi: Any = _ffi
+lib: Any = _lib
 BUILT: bool = lib is not None
 # Instructions that the kernels find here: 0 portable, 1 AVX2, 2 AVX-512 with BF16 and VNNI; -1: nothing is compiled.
 ISA: int = lib.isa_here() if BUILT else -1
-AVX512_BF16: bool = ISA == 2
-# What computes where a kernel has every level.
-LEVEL: str = {-1: "torch", 0: "portable", 1: "avx2", 2: "avx512_bf16"}[ISA]
+LEVELS = ("portable", "avx2", "avx512")

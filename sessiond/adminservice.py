@@ -54,7 +54,7 @@ class AdminService(AdminServicer):
             model=self.sessions.model_name,
             identity=types.ModelIdentity(identity_id=desk.identity_id, fields=self.identity),
             numerics_profile=admin.NumericsProfile(fields=self.profile),
-            kernels={name: self.profile[name] for name in ("prefill", "few_rows")},
+            kernels={name: self.profile[name] for name in ("layers", "attention")},
             cell_tokens=desk.store.cell_tokens,
             max_context_tokens=desk.max_context,
             start_time=wireout.timestamp(self.started_us),

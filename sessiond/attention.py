@@ -37,15 +37,18 @@ class PackedStep:
     gives_way: Callable[[], bool] | None = None  # asked in every layer whether the step is to be abandoned
 
 
-def attend(heads: Tensor, packed: PackedStep, layer: int, scaling: float, window: int | None) -> Tensor:
+def attend(
+    heads: Tensor, packed: PackedStep, layer: int, scaling: float, window: int | None, out: Tensor | None = None
+) -> Tensor:
     """Causal attention of each span's new tokens over its session's keys and values, theirs included (already written).
 
     heads [H, N, D], of which a span's rows stand at [position, position + Q); `window` limits each to its last `window`
-    keys. Returns [N, H, D]; rows outside every span are zero.
+    keys. Returns [N, H, D], `out` if it is given; rows outside every span are zero.
     """
     n_heads, n_rows, head_dim = heads.shape
-    covered = sum(span.end - span.start for span in packed.spans) == n_rows
-    out = (heads.new_empty if covered else heads.new_zeros)(n_rows, n_heads, head_dim)
+    if out is None:
+        covered = sum(span.end - span.start for span in packed.spans) == n_rows
+        out = (heads.new_empty if covered else heads.new_zeros)(n_rows, n_heads, head_dim)
     native = native_attention_supported(heads.dtype, head_dim, heads.device)
     together: list[AttentionSpan] = []
     for span in packed.spans:

@@ -45,6 +45,7 @@ def serve(
     reflection: Annotated[bool | None, _flag("gRPC reflection. [on loopback only]", _ACCESS)] = None,
     threads: Annotated[int | None, _flag("Threads that compute. [all cores]", _COMPUTE)] = None,
     dtype: Annotated[str | None, _flag("auto, bfloat16 or float32. [auto]", _COMPUTE)] = None,
+    weights: Annotated[str | None, _flag("bf16, int8 or int4: other weights, other KV. [bf16]", _COMPUTE)] = None,
     cell_tokens: Annotated[int | None, _flag("128 or 256; fixed with the data directory.", _COMPUTE)] = None,
     seal: Annotated[bool | None, _flag("Make provisional state exact while idle. [yes]", _COMPUTE)] = None,
     memory_budget_bytes: Annotated[int | None, _flag("State in memory. [8 GiB]", _MEMORY)] = None,

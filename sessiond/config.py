@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sessiond.errors import InvalidConfig
+from sessiond.types import WeightsKind
 
 GIB = 1 << 30
 
@@ -48,6 +49,7 @@ class Settings(BaseSettings):
     # How it computes.
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Weights and KV; auto: as stored.")
+    weights: WeightsKind = Field("bf16", description="Matrices: as loaded, or quantized in blocks.")
     cell_tokens: int = Field(128, description="Unit of canonical computation; fixed when a data directory is made.")
     seal: bool = Field(True, description="Recompute provisional KV canonically while idle.")
 

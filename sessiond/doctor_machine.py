@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sessiond.doctor_check import Check, Verdict, show_bytes
-from sessiond.kernels.native_library import AVX512_BF16, BUILT
+from sessiond.kernels.native_library import BUILT, ISA, LEVELS
 
 MIN_PYTHON = (3, 11)
 #: Earlier builds can corrupt a WAL when two connections write or checkpoint at once.
@@ -108,10 +108,8 @@ def check_kernels() -> Iterator[Check]:
     if not BUILT:
         mend = "install a C compiler, then sessiond again: without its kernels it computes with torch, slower"
         yield Check("kernels", Verdict.WARN, "not compiled", mend)
-    elif not AVX512_BF16:
-        yield Check("kernels", Verdict.OK, "compiled; no AVX-512 BF16 here, torch computes")
     else:
-        yield Check("kernels", Verdict.OK, "compiled, AVX-512 BF16")
+        yield Check("kernels", Verdict.OK, f"compiled; this processor runs them at level {LEVELS[ISA]}")
 
 
 def usable_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

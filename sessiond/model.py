@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sessiond import attention
-from sessiond.cache import PackedCache, PackedSpan, SessionCache
+from sessiond.cache import PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
-from sessiond.kernels.attention import Scratch
-from sessiond.kernels.linear import linear
-from sessiond.kernels.native_library import AVX512_BF16, LEVEL
+from sessiond.forward import ForwardStep, FusedStep, ModuleStep, run_through
+from sessiond.fused import fuse, let_go
+from sessiond.kernels.attention import Scratch, native_attention_supported
+from sessiond.kernels.native_library import ISA, LEVELS
 from sessiond.kernels.rope import Rope
+from sessiond.modelweights import load_blocks, with_blocks
 from sessiond.policies.base import ModelFacts
 from sessiond.policies.probing import Capture
 from sessiond.selection import Selection
-from sessiond.types import KVShape
+from sessiond.types import KVShape, WeightsKind
 
 # Architectures proven against transformers' own generate (tests/test_architectures.py).
 SUPPORTED = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -68,7 +70,7 @@ class Model:
                 )
         attention.register()
         module.set_attn_implementation(attention.NAME)
-        self.module = _with_few_row_linears(module.eval())
+        self.module = module.eval()
         self.config: PreTrainedConfig = config
         self.vocab_size: int = config.vocab_size
         self.max_context: int = config.max_position_embeddings
@@ -80,6 +82,12 @@ class Model:
         )
         self._scratch = Scratch()
         self._rope = _rope_of(self.module)
+        windows = [
+            0 if layer in self.facts.attending else self.sliding_window or 0 for layer in range(self.shape.n_layers)
+        ]
+        self._fused = fuse(module, windows)
+        if self._fused is not None:
+            let_go(module)
 
     @property
     def rope(self) -> Rope | None:
@@ -116,8 +124,11 @@ class Model:
         return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype | None = None) -> Model:
-        """Read a transformers directory (safetensors). Raises ModelMissing, ModelCorrupt or ModelUnsupported."""
+    def load(cls, path: Path, dtype: torch.dtype | None = None, weights: WeightsKind = "bf16") -> Model:
+        """Read a transformers directory (safetensors); `weights` other than bf16 quantizes its matrices.
+
+        Raises ModelMissing, ModelCorrupt or ModelUnsupported.
+        """
         if not (path / "config.json").is_file():
             raise ModelMissing(f"{path} holds no config.json", path=path)
         try:
@@ -145,7 +156,23 @@ class Model:
         wrong = sorted({*found["missing_keys"], *(str(key) for key in found["mismatched_keys"])})
         if wrong:  # transformers would make them up
             raise ModelCorrupt(f"{path} lacks weights, or has them in another shape: {', '.join(wrong[:5])}", path=path)
+        if weights != "bf16":
+            module = with_blocks(module, load_blocks(path, module, weights))
         return cls(module)
+
+    def numerics_profile(self, threads: int) -> dict[str, str]:
+        """What bit-equality depends on beside identity: recorded with every cell."""
+        heads = native_attention_supported(self.module.dtype, self.shape.head_dim, torch.device("cpu"))
+        return {
+            "torch": torch.__version__,
+            "isa": torch.backends.cpu.get_cpu_capability(),
+            "device": "cpu",
+            "threads": str(threads),
+            "layers": "torch" if self._fused is None else LEVELS[ISA],
+            "attention": LEVELS[ISA] if heads else "torch",
+            "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
+            "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
+        }
 
     def new_cache(self) -> SessionCache:
         return SessionCache(self.shape, self.max_context)
@@ -156,9 +183,23 @@ class Model:
         for n_tokens in (cell_tokens, 16, 1):
             self.step([Feed(cache, [0] * n_tokens, 0)], [n_tokens - 1])
 
-    def begin(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> StepUnderWay:
-        """`step` in pieces: nothing is computed before its `advance` is called."""
-        return StepUnderWay(self, feeds, logit_rows)
+    def begin(
+        self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
+    ) -> ForwardStep:
+        """`step` in pieces: nothing is computed before the first `advance`."""
+        ids: list[int] = []
+        spans: list[PackedSpan] = []
+        for feed in feeds:
+            feed.cache.about_to_change(feed.position)
+            rows = len(ids), len(ids) + len(feed.ids)
+            span = PackedSpan(feed.cache, *rows, feed.position, feed.selection, decoding=feed.decoding)
+            span.capture = feed.capture
+            spans.append(span)
+            ids.extend(feed.ids)
+        packed = attention.PackedStep(spans, self._scratch, self._rope, gives_way)
+        if self._fused is not None:
+            return FusedStep(self._fused, packed, ids, logit_rows)
+        return ModuleStep(self.module, self.shape.n_layers, packed, ids, logit_rows)
 
     @torch.inference_mode()
     def step(
@@ -169,59 +210,7 @@ class Model:
         Returns logits [len(logit_rows), V] in fp32 of the given rows of the packed sequence. Raises
         InterruptedStepError as soon as `gives_way` says so.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        spans: list[PackedSpan] = []
-        for feed in feeds:
-            feed.cache.about_to_change(feed.position)
-            rows = len(ids), len(ids) + len(feed.ids)
-            span = PackedSpan(feed.cache, *rows, feed.position, feed.selection, decoding=feed.decoding)
-            span.capture = feed.capture
-            spans.append(span)
-            ids.extend(feed.ids)
-            positions.extend(range(feed.position, feed.position + len(feed.ids)))
-        output = self.module(
-            input_ids=torch.tensor([ids]),
-            position_ids=torch.tensor([positions]),
-            past_key_values=PackedCache(self.shape.n_layers, spans),
-            use_cache=True,
-            logits_to_keep=torch.tensor(logit_rows, dtype=torch.long),
-            packed=attention.PackedStep(spans, self._scratch, self._rope, gives_way),
-        )
-        logits: Tensor = output.logits[0]
-        return logits.float()
-
-
-class StepUnderWay:
-    """A forward step that can rest between two layers. Until it is over, KV is written in some layers only."""
-
-    def __init__(self, model: Model, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> None:
-        self._model, self._feeds, self._logit_rows = model, feeds, logit_rows
-
-    def advance(self, enough: Callable[[], bool]) -> Tensor | None:
-        """Compute layers, at least one, until `enough` says so between two of them. Returns what `step` does once all
-        are computed, None before."""
-        return self._model.step(self._feeds, self._logit_rows)
-
-
-class FewRowLinear(nn.Linear):
-    """nn.Linear by the kernel for few rows, on the weights it is given."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.weight, self.bias = plain.weight, plain.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def _with_few_row_linears(module: Any) -> Any:
-    """The model with every nn.Linear replaced; names and weights stay."""
-    for name, child in list(module.named_modules()):
-        if type(child) is nn.Linear:
-            module.set_submodule(name, FewRowLinear(child))
-    return module
+        return run_through(self.begin(feeds, logit_rows, gives_way), gives_way)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -247,17 +236,3 @@ def _rope_types(config: PreTrainedConfig) -> list[str]:
     parameters: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return [kind["rope_type"] for kind in kinds if "rope_type" in kind]
-
-
-def numerics_profile(threads: int) -> dict[str, str]:
-    """What bit-equality depends on beside identity: recorded with every cell."""
-    return {
-        "torch": torch.__version__,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "device": "cpu",
-        "threads": str(threads),
-        "prefill": LEVEL,
-        "few_rows": "avx512_bf16" if AVX512_BF16 else "torch",
-        "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
-        "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
-    }

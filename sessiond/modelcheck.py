@@ -14,6 +14,9 @@ SUPPORTED_MODEL_TYPES = ("gemma3", "gemma3_text", "llama", "mistral", "phi3", "q
 #: `general.architecture` of a GGUF file (Mistral models call themselves llama there).
 SUPPORTED_GGUF_ARCHITECTURES = ("gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
 
+#: Of a converted directory: the GGUF file's own codes, if any are kept. No weights that transformers would read.
+BLOCKS = "blocks.safetensors"
+
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library refuses longer headers too
 _ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16,

@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 
 from sessiond.errors import DependencyMissing, ModelCorrupt, SessiondError
-from sessiond.modelcheck import check_directory, check_gguf
+from sessiond.modelcheck import BLOCKS, check_directory, check_gguf, read_safetensors_header
 
 #: Written last into a converted directory; one without it is unfinished.
 MARKER = "sessiond.json"
 #: Raise it when converting changes.
-FORMAT = 1
+FORMAT = 2
 
 
 def is_converted(directory: Path, sha256: str) -> bool:
@@ -29,16 +29,16 @@ def is_converted(directory: Path, sha256: str) -> bool:
     try:
         marker = json.loads((directory / MARKER).read_bytes())
         check_directory(directory)
+        if (directory / BLOCKS).is_file():
+            read_safetensors_header(directory / BLOCKS)
     except (OSError, ValueError, SessiondError):
         return False
-    return isinstance(marker, dict) and (marker.get("source_sha256"), marker.get("format")) == (
-        sha256,
-        FORMAT,
-    )
+    expected = {"source_sha256": sha256, "format": FORMAT, "blocks": (directory / BLOCKS).is_file()}
+    return isinstance(marker, dict) and expected.items() <= marker.items()
 
 
 def convert_gguf(source: Path, directory: Path, sha256: str) -> None:
-    """Write bf16 safetensors, tokenizer, chat template and generation settings of `source` to `directory`.
+    """Write bf16 safetensors, tokenizer, chat template, generation settings and own codes of `source` to `directory`.
 
     The directory appears whole or not at all (written beside its place, synced, renamed). The caller holds
     the lock on the model cache. Raises ModelCorrupt, ModelUnsupported, DependencyMissing.
@@ -51,7 +51,12 @@ def convert_gguf(source: Path, directory: Path, sha256: str) -> None:
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory.parent))
     try:
         _run_child(source, partial)
-        marker = {"format": FORMAT, "source_sha256": sha256, "source_name": source.name}
+        marker = {
+            "format": FORMAT,
+            "source_sha256": sha256,
+            "source_name": source.name,
+            "blocks": (partial / BLOCKS).is_file(),
+        }
         (partial / MARKER).write_text(json.dumps(marker), "utf-8")
         for file in partial.iterdir():
             sync(file)
@@ -73,7 +78,7 @@ def sync(path: Path) -> None:
 
 
 def _run_child(source: Path, directory: Path) -> None:
-    command = [sys.executable, "-m", "sessiond.modelconvert", str(source), str(directory)]
+    command = [sys.executable, "-P", "-m", "sessiond.ggufconvert", str(source), str(directory)]
     child = subprocess.run(  # noqa: S603 - our own module, no shell
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
     )
@@ -83,25 +88,3 @@ def _run_child(source: Path, directory: Path) -> None:
     lines = child.stderr.strip().splitlines() or ["no message"]
     reason = f"signal {-child.returncode}, out of memory?" if child.returncode < 0 else lines[-1]
     raise ModelCorrupt(f"{source} cannot be converted: {reason}", path=source)
-
-
-def _convert(source: Path, directory: Path) -> None:
-    """What the child process does."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    folder, name = str(source.parent), source.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        local_files_only=True,
-    )
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-if __name__ == "__main__":
-    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

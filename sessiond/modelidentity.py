@@ -15,7 +15,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from sessiond.modelcheck import read_json, read_safetensors_header, text_config, weight_files
+from sessiond.modelcheck import BLOCKS, read_json, read_safetensors_header, text_config, weight_files
+from sessiond.types import WeightsKind
 
 _ROPE_KEYS = (
     "max_position_embeddings", "original_max_position_embeddings", "partial_rotary_factor",
@@ -39,22 +40,35 @@ _TOKENIZER_KEYS = (
 )  # fmt: skip
 
 
-def identity_fields(path: Path, *, kv_dtype: str = "bfloat16", cache: Path | None = None) -> dict[str, str]:
+#: Raise it when other codes are made of the same weights: kernels/blockweights.py, modelweights.py.
+_QUANTIZATION_RULE = 1
+
+
+def identity_fields(
+    path: Path, *, kv_dtype: str = "bfloat16", weights: WeightsKind = "bf16", cache: Path | None = None
+) -> dict[str, str]:
     """Identity of the transformers directory `path`, each field a string to compare and to show.
+
+    `weights`: the kind that is computed with. Any but bf16 has a field more, "quantization": the kind, the rule by
+    which codes are made, and the digest of those that are kept (empty if there are none).
 
     `cache`: directory for the digest of the weights, keyed by the files' names, sizes and modification times;
     without it they are hashed on every call (0.2 s a GB on two cores). Raises ModelMissing, ModelCorrupt.
     """
     config = read_json(path / "config.json")
     text = text_config(config)
-    return {
-        "weights": _weights_digest(path, cache),
+    fields = {
+        "weights": _tensors_digest(path, weight_files(path), cache),
         "tokenizer": _tokenizer_digest(path),
         "architecture": str(config.get("model_type", "")),
         "rope": canonical_json({key: text[key] for key in _ROPE_KEYS if text.get(key) is not None}),
         "kv_dtype": kv_dtype,
         "shape": canonical_json({key: text[key] for key in _SHAPE_KEYS if text.get(key) is not None}),
     }
+    if weights != "bf16":
+        kept = _tensors_digest(path, [path / BLOCKS], cache) if (path / BLOCKS).is_file() else ""
+        fields["quantization"] = canonical_json({"kept": kept, "kind": weights, "rule": _QUANTIZATION_RULE})
+    return fields
 
 
 def identity_id(fields: Mapping[str, str]) -> str:
@@ -77,8 +91,7 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def _weights_digest(path: Path, cache: Path | None) -> str:
-    files = weight_files(path)
+def _tensors_digest(path: Path, files: list[Path], cache: Path | None) -> str:
     if cache is None:
         return _hash_tensors(files)
     stats = [(file.name, file.stat()) for file in files]

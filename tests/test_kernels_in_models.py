@@ -1,7 +1,8 @@
 """Whole models whose sizes the compiled kernels take, in bf16: decoding, short inputs and packed steps go through them.
 
-The peer is plain transformers in bf16. Both round to bf16 after every operation, and sum in another order, so greedy
-answers may part at a near tie: ours are fed the peer's tokens, and logits are compared along these.
+The peer is plain transformers in fp32 with the same weights. Ours keep the residual stream in fp32 and round what
+matrices and attention read, so greedy answers may part at a near tie: ours are fed the peer's tokens, and logits are
+compared along these.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from engine_harness import (
     RecordingSampler,
     Session,
     drain,
+    make_exact_pair,
     make_pair,
     peer_model,
     random_ids,
     tokens_of,
     torch_threads,
 )
-from kernel_marks import needs_avx512_bf16
+from kernel_marks import needs_build
 from kernel_spy import KernelSpy
 from torch import Tensor
 
 from sessiond.cache import SessionCache
-from sessiond.kernels.linear import MOST_ROWS
 from sessiond.model import Feed, Model
 from sessiond.sampling import Sampled
 from sessiond.scheduler import Scheduler
 
-pytestmark = needs_avx512_bf16
+pytestmark = needs_build
 
 # Largest difference of a logit, over the largest logit of the peer. One rounding to bf16 is off by up to 2^-9 of its
-# value; some ten of them lie on a path through each of three or four layers, and those of both sides add up.
-# Measured: 0.08 at most.
-TOLERANCE = 0.15
+# value; five of them lie on a path through each of three or four layers. Measured: 0.05 at most.
+TOLERANCE = 0.1
 PROMPTS = (5, 31, 300)
+MANY = 70  # rows: more than any tile of the kernels
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["one-thread", "two-threads"])
@@ -51,7 +52,7 @@ def threads(request):
 
 @pytest.fixture(params=KERNEL_SIZED)
 def pair(request) -> Pair:
-    return make_pair(request.param, torch.bfloat16)
+    return make_exact_pair(request.param)
 
 
 @pytest.fixture
@@ -74,15 +75,10 @@ def difference(ours: Tensor, peer: Tensor) -> float:
     return float((ours - peer).abs().max() / peer.abs().max())
 
 
-def n_linears(model: Model) -> int:
-    """Products of a step, the head's included."""
-    return sum(isinstance(module, torch.nn.Linear) for module in model.module.modules())
-
-
 def test_several_sessions_along_the_peers_answers(pair, kernels):
     sessions = [Session(pair.ours, f"s{i}") for i in range(len(PROMPTS))]
     caches = [pair.new_peer_cache() for _ in PROMPTS]
-    for turn, lengths in enumerate((PROMPTS, (20, 1, MOST_ROWS))):  # from nothing, then short inputs
+    for turn, lengths in enumerate((PROMPTS, (20, 1, MANY))):  # from nothing, then short inputs
         scheduler = Scheduler(pair.ours, CELL)
         expected = []
         kernels.take()
@@ -97,34 +93,30 @@ def test_several_sessions_along_the_peers_answers(pair, kernels):
             assert tokens_of(events, session.name) == told
             assert difference(torch.stack(session.sampler.rows), logits) <= TOLERANCE
             session.log.extend(told)
-        # 15 packed steps at least, each with one call for all sessions in every layer
-        linears, attentions = kernels.take()
-        assert linears >= 15 * n_linears(pair.ours)
-        assert attentions >= 15 * pair.ours.shape.n_layers
+        assert kernels.take() >= 15 * pair.ours.shape.n_layers  # 15 packed steps at least
 
 
-@pytest.mark.parametrize("n_rows", [1, 7, MOST_ROWS])
-def test_as_close_to_fp32_as_transformers(pair, kernels, request, n_rows):
-    """Computed in short pieces, ours is off by no more than half again the peer's mean error."""
+@pytest.mark.parametrize("n_rows", [1, 7, MANY])
+def test_closer_to_fp32_than_transformers_in_bf16(pair, kernels, request, n_rows):
+    """Computed in short pieces, the mean error is at most three quarters of the peer's: half of it, measured."""
     ids = random_ids(150, seed=11)
     cache = pair.ours.new_cache()
     pieces = [ids[start : start + n_rows] for start in range(0, len(ids), n_rows)]
     rows = [
         pair.ours.step([Feed(cache, piece, start * n_rows)], range(len(piece))) for start, piece in enumerate(pieces)
     ]
-    assert kernels.take() == (len(pieces) * n_linears(pair.ours), len(pieces) * pair.ours.shape.n_layers)
-    exact = peer_model(request.node.callspec.params["pair"])
-    exact.load_state_dict({key: value.float() for key, value in pair.peer.state_dict().items()})
-    truth = Pair(pair.ours, exact).peer_logits(ids)
+    assert kernels.take() == len(pieces) * pair.ours.shape.n_layers
+    truth = pair.peer_logits(ids)
     ours = (torch.cat(rows) - truth).abs().mean()
-    assert 0 < ours <= 1.5 * (pair.peer_logits(ids) - truth).abs().mean()
+    rounded = make_pair(request.node.callspec.params["pair"], torch.bfloat16)
+    assert 0 < ours <= 0.75 * (rounded.peer_logits(ids) - truth).abs().mean()
 
 
 @pytest.mark.parametrize("name", [name for name in KERNEL_SIZED if "sliding_window" in KERNEL_SIZED[name]])
 def test_the_comparison_sees_a_wrong_window(name):
     """The tolerance is small enough: without its window a model is far outside it."""
-    pair, ids = make_pair(name, torch.bfloat16), random_ids(200, seed=3)
-    other = Pair(pair.ours, peer_model(name, dtype=torch.bfloat16, sliding_window=4096))
+    pair, ids = make_exact_pair(name), random_ids(200, seed=3)
+    other = Pair(pair.ours, peer_model(name, sliding_window=4096))
     assert difference(pair.peer_logits(ids), other.peer_logits(ids)) > 3 * TOLERANCE
 
 
@@ -142,14 +134,14 @@ def filled(model: Model, ids: list[int]) -> SessionCache:
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_a_step_is_the_same_alone_and_beside_others(pair, kernels, place):
-    """Bit for bit, in the logits and in the KV it writes, as long as the step has at most MOST_ROWS rows."""
+    """Bit for bit, in the logits and in the KV it writes."""
     logs = [random_ids(length, seed=length) for length in (70, 131, 260)]
-    new = [random_ids(length, seed=50 + length) for length in (1, MOST_ROWS - 4, 3)]
+    new = [random_ids(length, seed=50 + length) for length in (1, MANY - 4, 3)]
     feeds = [Feed(filled(pair.ours, log), ids, len(log)) for log, ids in zip(logs, new, strict=True)]
     kernels.take()
-    together = pair.ours.step(feeds, range(MOST_ROWS))
+    together = pair.ours.step(feeds, range(MANY))
     alone = Feed(filled(pair.ours, logs[place]), new[place], len(logs[place]))
-    assert min(kernels.take()) > 0
+    assert kernels.take() > 0
     first = sum(len(ids) for ids in new[:place])
     rows = pair.ours.step([alone], range(len(new[place])))
     assert torch.equal(rows, together[first : first + len(new[place])])
@@ -159,7 +151,7 @@ def test_a_step_is_the_same_alone_and_beside_others(pair, kernels, place):
             assert torch.equal(mine[:, :n_tokens], other[:, :n_tokens])
 
 
-@pytest.mark.parametrize("n_sessions", [2, 5, MOST_ROWS])
+@pytest.mark.parametrize("n_sessions", [2, 5, MANY])
 def test_a_session_decodes_the_same_alone_and_beside_others(pair, kernels, n_sessions):
     prompts = [random_ids(3 + 17 * i % 150, seed=i) for i in range(n_sessions)]
     together = [Session(pair.ours, f"s{i}") for i in range(n_sessions)]
@@ -167,7 +159,7 @@ def test_a_session_decodes_the_same_alone_and_beside_others(pair, kernels, n_ses
     for session, prompt in zip(together, prompts, strict=True):
         scheduler.add(session.turn(prompt, 8 + n_sessions))
     drain(scheduler)
-    assert min(kernels.take()) > 0
+    assert kernels.take() > 0
     for i in {0, n_sessions // 2, n_sessions - 1}:
         alone = Session(pair.ours, "alone")
         alone.run(prompts[i], 8 + n_sessions)

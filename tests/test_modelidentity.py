@@ -11,7 +11,8 @@ import pytest
 from tiny_models import write_directory, write_safetensors
 
 from sessiond.errors import ModelCorrupt, ModelMissing
-from sessiond.modelidentity import canonical_json, identity_fields, identity_id
+from sessiond.modelcheck import BLOCKS
+from sessiond.modelidentity import canonical_json, differing_fields, identity_fields, identity_id
 
 FIELDS = ["architecture", "kv_dtype", "rope", "shape", "tokenizer", "weights"]
 
@@ -84,6 +85,27 @@ def test_remembered_digest_follows_the_file(model: Path, tmp_path: Path) -> None
     write_safetensors(model / "model.safetensors", {"a.weight": np.zeros(3, dtype=np.float32)})
     after = identity_fields(model, cache=cache)["weights"]
     assert after == identity_fields(model)["weights"] != before["weights"]
+
+
+def test_quantized_weights_are_another_identity_and_bf16_has_the_one_it_always_had(model: Path, tmp_path: Path) -> None:
+    plain = identity_fields(model)
+    assert sorted(plain) == FIELDS
+    assert identity_fields(model, weights="bf16") == plain
+    kinds = {kind: identity_fields(model, weights=kind) for kind in ("int8", "int4")}
+    for fields in kinds.values():
+        assert differing_fields(plain, fields) == ["quantization"]
+    assert differing_fields(kinds["int8"], kinds["int4"]) == ["quantization"]
+
+
+def test_kept_codes_change_the_identity_of_quantized_weights_alone(model: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "digests"
+    plain, rounded = identity_fields(model, cache=cache), identity_fields(model, weights="int4", cache=cache)
+    write_safetensors(model / BLOCKS, {"a.weight.codes": np.arange(32, dtype=np.uint8)})
+    kept = identity_fields(model, weights="int4", cache=cache)
+    assert identity_fields(model, cache=cache) == plain
+    assert differing_fields(kept, rounded) == ["quantization"]
+    write_safetensors(model / BLOCKS, {"a.weight.codes": np.arange(1, 33, dtype=np.uint8)})
+    assert differing_fields(kept, identity_fields(model, weights="int4", cache=cache)) == ["quantization"]
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(model: Path, tmp_path: Path) -> None:

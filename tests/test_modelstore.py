@@ -12,13 +12,15 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_models import TEMPLATE, write_directory, write_gguf, write_safetensors
 
 from sessiond import modelfetch, modelstore
 from sessiond.errors import DependencyMissing, DiskFull, ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.modelcache import cache_root, cached_sha256, locked
-from sessiond.modelcheck import check_gguf
+from sessiond.modelcheck import BLOCKS, check_gguf
+from sessiond.modelconvert import FORMAT
 
 METADATA = "Metadata-Version: 2.1\nName: toy-model\nVersion: 1.0\n"
 
@@ -356,19 +358,31 @@ def test_unfinished_conversion_is_done_again(cache: Path, tiny_gguf: Path, monke
 
     def pretend(source: Path, directory: Path, sha256: str) -> None:
         write_directory(directory)
-        (directory / "sessiond.json").write_text(json.dumps({"source_sha256": sha256, "format": 1}))
+        write_safetensors(directory / BLOCKS, {"a.weight.codes": np.zeros(8, np.uint8)})
+        (directory / "sessiond.json").write_text(
+            json.dumps({"source_sha256": sha256, "format": FORMAT, "blocks": True})
+        )
         done.append(directory)
 
     monkeypatch.setattr(modelstore, "convert_gguf", pretend)
-    for damage in (lambda path: None, _truncate_weights, _remove_marker, _old_format):
+    damages = (lambda path: None, _truncate_weights, _remove_marker, _old_format, _truncate_blocks, _remove_blocks)
+    for damage in damages:
         path = modelstore.resolve(str(tiny_gguf)).path
         damage(path)
     modelstore.resolve(str(tiny_gguf))
-    assert len(done) == 4
+    assert len(done) == 6
 
 
 def _truncate_weights(path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"")
+
+
+def _truncate_blocks(path: Path) -> None:
+    (path / BLOCKS).write_bytes((path / BLOCKS).read_bytes()[:-1])
+
+
+def _remove_blocks(path: Path) -> None:
+    (path / BLOCKS).unlink()
 
 
 def _remove_marker(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -19,8 +20,13 @@ def byte_alphabet() -> list[str]:
     return [table[byte] for byte in range(256)]
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", seed: int = 0) -> Path:
-    """A GGUF Llama with random weights: 2 layers, hidden size 32, 4 query and 2 KV heads, bytes as tokens."""
+def write_gguf(
+    path: Path, *, architecture: str = "llama", seed: int = 0, types: Mapping[str, str] | None = None
+) -> Path:
+    """A GGUF Llama with random weights: 2 layers, hidden size 32, 4 query and 2 KV heads, bytes as tokens.
+
+    `types`: end of a tensor's name -> its GGUF type; the others are F32.
+    """
     rng = np.random.default_rng(seed)
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), "Ġt", "he"]
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -59,7 +65,10 @@ def write_gguf(path: Path, *, architecture: str = "llama", seed: int = 0) -> Pat
             f"blk.{layer}.ffn_down.weight": (32, 64),
         }
     for name, shape in shapes.items():
-        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32))
+        values = rng.standard_normal(shape).astype(np.float32)
+        (kind,) = [kind for end, kind in (types or {}).items() if name.endswith(end)] or ["F32"]
+        number = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(name, gguf.quants.quantize(values, number), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,7 +9,25 @@ import cffi
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(path.name for path in FOLDER.glob("*.c"))
-HEADERS = sorted(name.replace(".c", ".h") for name in SOURCES if (FOLDER / name.replace(".c", ".h")).exists())
+
+
+def _headers() -> list[str]:
+    """Headers named like a source, each behind those that it includes."""
+    ordered: list[str] = []
+
+    def add(name: str) -> None:
+        for included in re.findall(r'^#include "(.*)"', (FOLDER / name).read_text(), flags=re.MULTILINE):
+            add(included)
+        if name not in ordered:
+            ordered.append(name)
+
+    for source in SOURCES:
+        if (FOLDER / source).with_suffix(".h").exists():
+            add(source.replace(".c", ".h"))
+    return ordered
+
+
+HEADERS = _headers()
 
 
 def exported() -> str:
@@ -27,7 +45,8 @@ ffibuilder.set_source(
     include_dirs=["kernels/native"],
     depends=[str(Path("kernels/native") / path.name) for path in sorted(FOLDER.glob("*.h"))],
     libraries=["m", "dl"],
-    extra_compile_args=["-O3", "-fno-math-errno", "-Wall", "-Wno-parentheses"],
+    # Without contraction plain C gives the same bits on every level of instructions.
+    extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wno-parentheses"],
     # Without a compiler the package still installs, and computes with torch.
     optional=True,
 )

@@ -26,6 +26,19 @@ enum isa isa(void);
 typedef void (*chunk_fn)(void *arg, int64_t chunk);
 void parallel_chunks(chunk_fn fn, void *arg, int64_t n_chunks, int n_threads);
 
+/* A chunk function's body, INLINE and in plain C, compiled for each level; AT_LEVEL is the one to call. */
+#if HAVE_X86
+#define EACH_LEVEL(body)                                                         \
+    static void body##_portable(void *arg, int64_t chunk) { body(arg, chunk); }  \
+    static AVX2 void body##_avx2(void *arg, int64_t chunk) { body(arg, chunk); } \
+    static AVX512 void body##_avx512(void *arg, int64_t chunk) { body(arg, chunk); }
+#define AT_LEVEL(body) (isa() == ISA_AVX512 ? body##_avx512 : isa() == ISA_AVX2 ? body##_avx2 : body##_portable)
+#else
+#define EACH_LEVEL(body) \
+    static void body##_portable(void *arg, int64_t chunk) { body(arg, chunk); }
+#define AT_LEVEL(body) body##_portable
+#endif
+
 INLINE float from_bf16(uint16_t bits) {
     union { uint32_t bits; float value; } word = {(uint32_t)bits << 16};
     return word.value;

@@ -8,6 +8,7 @@
 
 #include "native.h"
 #include "pack.h"
+#include "runtime.h"
 
 enum { MAX_WIDTH = 5, MAX_STEPS = 8 };
 

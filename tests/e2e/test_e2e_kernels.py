@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from e2e_daemon import Daemons, Gate, Peer, Turn, peer_of
 from e2e_model import NO_END, write_chat_model
-from kernel_marks import needs_avx512_bf16
+from kernel_marks import needs_build
 from kernel_spy import KernelSpy
 
-pytestmark = needs_avx512_bf16
+pytestmark = needs_build
 
 LONG = 40
 SAMPLINGS = [{}, {"temperature": 3.0, "seed": 7, "logit_bias": NO_END}]
@@ -70,7 +70,7 @@ async def test_sessions_answer_the_same_alone_and_together(daemon, peer: Peer, k
         gate.open()
         turns = [await stream.read() for stream in streams]
         assert [turn.ids for turn in turns] == [ids[number] for ids in alone]
-        assert min(kernels.take()) > 0
+        assert kernels.take() > 0
         for session in sessions:
             await peer.settled(session)
     assert packed.count(len(sessions)) > len(TEXTS) * LONG // 2
@@ -92,7 +92,7 @@ async def test_a_restart_changes_no_answer(daemons: Daemons, tmp_path, kernels, 
         after = await asyncio.gather(
             *(peer.turn(session, TEXTS[2], max_tokens=LONG, **sampling) for session in sessions)
         )
-    assert min(kernels.take()) > 0
+    assert kernels.take() > 0
     for turns, last, expected in zip(before, after, whole, strict=True):
         assert last.restored.tokens_recomputed == 0
         assert [turn.ids for turn in [*turns, last]] == expected

@@ -82,7 +82,7 @@ class TestWhatItSaysOfItself:
         assert info.identity.identity_id
         assert {"weights", "tokenizer"} <= set(info.identity.fields)
         assert info.numerics_profile.fields["threads"] == "1"
-        assert set(info.kernels) == {"prefill", "few_rows"}
+        assert set(info.kernels) == {"layers", "attention"}
         assert info.HasField("start_time")
 
     async def test_its_identity_is_that_of_the_model_not_of_the_run(self, daemons: Daemons, daemon, settings):

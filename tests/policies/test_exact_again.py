@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_threads
-from kernel_marks import needs_avx512_bf16
+from kernel_marks import needs_build
 from small_policies import SMALL
 
 from sessiond.policies.base import Situation
@@ -32,8 +32,8 @@ def one_thread():
 @pytest.fixture(
     params=[
         pytest.param(("llama", torch.bfloat16), id="bf16"),
-        pytest.param(("llama-kernels", torch.bfloat16), id="kernels", marks=needs_avx512_bf16),
-        pytest.param(("gemma3-kernels", torch.bfloat16), id="windowed", marks=needs_avx512_bf16),
+        pytest.param(("llama-kernels", torch.bfloat16), id="kernels", marks=needs_build),
+        pytest.param(("gemma3-kernels", torch.bfloat16), id="windowed", marks=needs_build),
     ]
 )
 def model(request):

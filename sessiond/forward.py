@@ -1,0 +1,108 @@
+"""One packed forward step over any number of sessions, computed in pieces: it can rest between two layers.
+
+Through the compiled decoder where there is one for the model, else through the module's own forward, which does not
+rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sessiond.attention import InterruptedStepError, PackedStep, attend
+from sessiond.cache import PackedCache
+from sessiond.fused import Fused
+from sessiond.kernels.decoder import SessionRows
+
+
+class ForwardStep:
+    """A forward step under way. Until it is over, KV is written in some layers and not in others.
+
+    What it needs of memory is its own: other steps may run while it rests, over other sessions.
+    """
+
+    def advance(self, enough: Callable[[], bool] | None = None) -> Tensor | None:
+        """Compute layers, at least one, until `enough` says so between two of them; None: all that are left.
+
+        Returns the logits [R, V] in fp32 of the wanted rows once all layers are computed, None before.
+        """
+        raise NotImplementedError
+
+
+class FusedStep(ForwardStep):
+    """Layers by the compiled decoder; where all sessions attend to everything they are one call."""
+
+    def __init__(self, fused: Fused, packed: PackedStep, ids: Sequence[int], logit_rows: Sequence[int]) -> None:
+        self._fused, self._packed, self._logit_rows = fused, packed, logit_rows
+        self._n_layers = len(fused.decoder.layers)
+        self._layer = 0
+        positions = [at for span in packed.spans for at in range(span.position, span.position + span.end - span.start)]
+        sessions = []
+        for span in packed.spans:
+            n_new = span.end - span.start
+            span.cache.wrote(span.position + n_new)
+            address = span.cache.keys[0].data_ptr()
+            sessions.append(SessionRows(address, span.cache.capacity, span.position, span.start, n_new))
+        self._step = fused.decoder.step(fused.hidden(ids), fused.angles(positions), sessions)
+        self._plain = all(
+            span.selection is None and span.capture is None and not span.cache.is_offloaded for span in packed.spans
+        )
+
+    @torch.inference_mode()
+    def advance(self, enough: Callable[[], bool] | None = None) -> Tensor | None:
+        if self._plain and enough is None:
+            self._step.run(self._layer, self._n_layers)
+            self._layer = self._n_layers
+        while self._layer < self._n_layers:
+            self._compute(self._layer)
+            self._layer += 1
+            if enough is not None and self._layer < self._n_layers and enough():
+                return None
+        return self._fused.logits(self._step, self._logit_rows)
+
+    def _compute(self, index: int) -> None:
+        if self._plain:
+            self._step.run(index, index + 1)
+            return
+        layer, step = self._fused.decoder.layers[index], self._step
+        step.before(index)
+        attend(step.query.transpose(0, 1), self._packed, index, layer.scaling, layer.window or None, out=step.attended)
+        for span in self._packed.spans:
+            span.cache.release(index)
+        step.after(index)
+
+
+class ModuleStep(ForwardStep):
+    """The module's own forward, all at once."""
+
+    def __init__(
+        self, module: Any, n_layers: int, packed: PackedStep, ids: Sequence[int], logit_rows: Sequence[int]
+    ) -> None:
+        self._module, self._packed, self._ids, self._logit_rows = module, packed, ids, logit_rows
+        self._n_layers = n_layers
+
+    @torch.inference_mode()
+    def advance(self, enough: Callable[[], bool] | None = None) -> Tensor | None:
+        spans = self._packed.spans
+        positions = [at for span in spans for at in range(span.position, span.position + span.end - span.start)]
+        output = self._module(
+            input_ids=torch.tensor([self._ids]),
+            position_ids=torch.tensor([positions]),
+            past_key_values=PackedCache(self._n_layers, spans),
+            use_cache=True,
+            logits_to_keep=torch.tensor(self._logit_rows, dtype=torch.long),
+            packed=self._packed,
+        )
+        logits: Tensor = output.logits[0]
+        return logits.float()
+
+
+def run_through(step: ForwardStep, gives_way: Callable[[], bool] | None) -> Tensor:
+    """All of a step. Raises InterruptedStepError as soon as `gives_way` says so."""
+    logits = step.advance(gives_way)
+    if logits is None:
+        raise InterruptedStepError
+    return logits

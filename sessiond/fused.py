@@ -1,0 +1,184 @@
+"""A transformers model's layers handed over to the compiled decoder, where its architecture and this machine allow it.
+
+The plan is read off the loaded module, part by part; a part that the decoder does not know makes no plan, and the step
+then goes through the module's own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sessiond.kernels.blockweights import BLOCK, BlockWeights, quantize
+from sessiond.kernels.decoder import Decoder, DecoderLayer, DecoderShape, DecoderStep
+from sessiond.kernels.matrix import Matrix, interleaved, stacked
+from sessiond.kernels.native_library import BUILT
+from sessiond.modelweights import BlockLinear
+
+_GATES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_MOST_HEAD_DIM = 256
+
+
+class Fused:
+    """The compiled decoder of a model, with what goes in: embeddings and angles."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        embed: Callable[[Tensor], Tensor],
+        angles: list[tuple[Tensor, float]],
+        softcap: float | None,
+    ) -> None:
+        """`angles`: inverse frequencies [rotary / 2] fp32 and a factor, for each kind of layer. `softcap` of logits."""
+        self.decoder = decoder
+        self._embed = embed
+        self._angles = angles
+        self._softcap = softcap
+
+    def hidden(self, ids: Sequence[int]) -> Tensor:
+        """The residual stream of tokens: [N, hidden] fp32."""
+        return self._embed(torch.tensor(ids)).float()
+
+    def logits(self, step: DecoderStep, rows: Sequence[int]) -> Tensor:
+        """Of a computed step's rows: [len(rows), V] fp32."""
+        logits = step.logits(rows)
+        return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
+
+    def angles(self, positions: Sequence[int]) -> Tensor:
+        """Cosines and sines of positions: [2, kinds, N, rotary / 2] fp32."""
+        at = torch.tensor(positions, dtype=torch.float32)[:, None]
+        kinds = [(at * frequencies, factor) for frequencies, factor in self._angles]
+        return torch.stack(
+            [torch.stack([angle.cos() * factor for angle, factor in kinds]),
+             torch.stack([angle.sin() * factor for angle, factor in kinds])]
+        )  # fmt: skip
+
+
+def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
+    """The compiled decoder of a causal language model; None where it cannot compute this one.
+
+    `windows`: keys that a query sees in each layer, 0: all.
+    """
+    config, model = module.config.get_text_config(), module.model
+    gate = _GATES.get(getattr(config, "hidden_activation", None) or config.hidden_act)
+    frequencies = _frequencies(model.rotary_emb)
+    first = model.layers[0].self_attn
+    head_dim: int = first.head_dim
+    if not BUILT or module.dtype is not torch.bfloat16 or gate is None:
+        return None
+    if getattr(config, "attn_logit_softcapping", None):
+        return None
+    if config.hidden_size % BLOCK or config.intermediate_size % BLOCK or head_dim % BLOCK or head_dim > _MOST_HEAD_DIM:
+        return None
+    shape = DecoderShape(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        head_dim,
+        config.intermediate_size,
+        2 * len(next(iter(frequencies.values()))[0]),
+        gate,
+        float(config.rms_norm_eps),
+    )
+    kinds = list(frequencies)
+    layers = [_layer(layer, shape, kinds, window) for layer, window in zip(model.layers, windows, strict=True)]
+    decoder = Decoder(shape, layers, _norm(model.norm), _matrix([module.lm_head], lambda parts: parts[0]))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Fused(decoder, model.embed_tokens, list(frequencies.values()), softcap)
+
+
+def let_go(module: Any) -> None:
+    """Free the weights of linear layers, which the compiled decoder has in its own layout. Embeddings stay."""
+    for linear in module.modules():
+        if isinstance(linear, nn.Linear):
+            linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
+        elif isinstance(linear, BlockLinear):
+            linear.weights = None
+
+
+def _layer(layer: Any, shape: DecoderShape, kinds: list[str], window: int) -> DecoderLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    is_gemma = hasattr(layer, "pre_feedforward_layernorm")
+    kind = getattr(attention, "layer_type", "") or ""
+    return DecoderLayer(
+        qkv=_qkv(attention),
+        out=_matrix([attention.o_proj], stacked),
+        gate_up=_gate_up(mlp, shape.inner),
+        down=_matrix([mlp.down_proj], stacked),
+        before_attention=_norm(layer.input_layernorm),
+        after_attention=_norm(layer.post_attention_layernorm) if is_gemma else None,
+        before_mlp=_norm(layer.pre_feedforward_layernorm if is_gemma else layer.post_attention_layernorm),
+        after_mlp=_norm(layer.post_feedforward_layernorm) if is_gemma else None,
+        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        window=window,
+        rope=kinds.index(kind) if kind in kinds else 0,
+        scaling=float(attention.scaling),
+    )
+
+
+def _qkv(attention: Any) -> Matrix:
+    if hasattr(attention, "qkv_proj"):
+        return _matrix([attention.qkv_proj], stacked)
+    return _matrix([attention.q_proj, attention.k_proj, attention.v_proj], stacked)
+
+
+def _gate_up(mlp: Any, inner: int) -> Matrix:
+    if not hasattr(mlp, "gate_up_proj"):
+        return _matrix([mlp.gate_proj, mlp.up_proj], lambda parts: interleaved(*parts))
+    return _matrix([mlp.gate_up_proj], lambda parts: interleaved(*_halves(parts[0], inner)))
+
+
+def _matrix(linears: Sequence[nn.Module], join: Callable[[Any], Tensor | BlockWeights | None]) -> Matrix:
+    """Linear layers as one matrix. Parts in different kinds of blocks become 8-bit ones, which lose least."""
+    weights = [_weight(linear) for linear in linears]
+    joined = join(weights)
+    if joined is None:
+        joined = join([quantize(_dense(weight), 8) for weight in weights])
+    assert joined is not None
+    biases: list[Tensor | None] = [linear.bias for linear in linears]  # type: ignore[misc]
+    if all(bias is None for bias in biases):
+        return Matrix(joined)
+    given = [torch.zeros(w.shape[0]) if bias is None else bias.float() for bias, w in zip(biases, weights, strict=True)]
+    return Matrix(joined, torch.cat(given))
+
+
+def _weight(linear: Any) -> Tensor | BlockWeights:
+    weight: Tensor | BlockWeights = linear.weights if isinstance(linear, BlockLinear) else linear.weight
+    return weight
+
+
+def _dense(weight: Tensor | BlockWeights) -> Tensor:
+    return weight.dequantize() if isinstance(weight, BlockWeights) else weight
+
+
+def _halves(weight: Tensor | BlockWeights, n: int) -> tuple[Any, Any]:
+    """The first `n` outputs, and the others."""
+    if isinstance(weight, Tensor):
+        return weight[:n], weight[n:]
+    parts = []
+    for rows in (slice(0, n), slice(n, None)):
+        lows = None if weight.lows is None else weight.lows[rows]
+        parts.append(BlockWeights(weight.bits, weight.codes[rows], weight.scales[rows], lows))
+    return parts[0], parts[1]
+
+
+def _norm(norm: Any) -> Tensor:
+    """Factors of an RMS norm, fp32; Gemma's are stored as what they differ by from 1."""
+    weight: Tensor = norm.weight.detach().float()
+    return weight + 1 if type(norm).__name__.startswith("Gemma") else weight.contiguous()
+
+
+def _frequencies(embedding: Any) -> dict[str, tuple[Tensor, float]]:
+    """Inverse frequencies and factor of each kind of layer that has its own, else of all ("")."""
+    kinds = [name.removesuffix("_inv_freq") for name, _ in embedding.named_buffers() if name.endswith("_inv_freq")]
+    kinds = [kind for kind in kinds if not kind.endswith("original")]
+    if not kinds:
+        return {"": (embedding.inv_freq.float(), float(embedding.attention_scaling))}
+    return {
+        kind: (getattr(embedding, f"{kind}_inv_freq").float(), float(getattr(embedding, f"{kind}_attention_scaling")))
+        for kind in kinds
+    }

@@ -1,0 +1,75 @@
+"""Quantized weights of a loaded model: which matrices get which codes, and layers that compute with them.
+
+    kind    layers of the model                     output (lm_head)
+    int4    kept codes, else 4 bits                 kept codes, else 8 bits
+    int8    kept codes of 8 bits, else 8 bits       the same
+
+Kept are the GGUF file's own codes (ggufblocks.py); what else there is is rounded from the loaded weights. The output
+has 8 bits under int4 too, as llama.cpp's files do: its rounding goes straight into every logit. A matrix whose inputs
+are no multiple of 32 stays as it is. The embedding stays as it is: a lookup reads one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sessiond.blockfile import read_blocks
+from sessiond.errors import ModelCorrupt
+from sessiond.kernels.blockweights import BLOCK, BlockWeights, linear_blocks_reference, quantize
+from sessiond.modelcheck import BLOCKS
+from sessiond.types import WeightsKind
+
+
+def load_blocks(path: Path, module: Any, kind: WeightsKind, *, kept: bool = True) -> dict[str, BlockWeights]:
+    """Name of the weight -> its codes, for every nn.Linear of `module`, which was loaded from the directory `path`.
+
+    Depends on what identity_fields tells of `kind`, and on nothing else. `kept`: False rounds all of them, to measure
+    what keeping them is worth. Raises ModelCorrupt.
+    """
+    assert kind != "bf16"
+    own = read_blocks(path / BLOCKS) if kept and (path / BLOCKS).is_file() else {}
+    tied: dict[int, BlockWeights] = {
+        id(parameter): own[name] for name, parameter in module.named_parameters(remove_duplicate=False) if name in own
+    }
+    output = module.get_output_embeddings()
+    found = {}
+    for name, child in module.named_modules():
+        if not isinstance(child, nn.Linear) or child.in_features % BLOCK:
+            continue
+        bits = 4 if kind == "int4" and child is not output else 8
+        weights = tied.get(id(child.weight))
+        if weights is None or (kind == "int8" and weights.bits != 8):
+            try:
+                weights = quantize(child.weight, bits)
+            except ValueError as error:
+                raise ModelCorrupt(f"{name} of {path} cannot be quantized: {error}", path=path) from error
+        elif weights.shape != child.weight.shape:
+            raise ModelCorrupt(f"{path / BLOCKS} has {name} in another shape", path=path)
+        found[f"{name}.weight"] = weights
+    return found
+
+
+class BlockLinear(nn.Module):
+    """nn.Linear on quantized weights."""
+
+    def __init__(self, weights: BlockWeights, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weights: BlockWeights | None = weights  # None: handed over to the compiled decoder
+        self.bias = bias
+        self.out_features, self.in_features = weights.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.weights is not None
+        return linear_blocks_reference(x, self.weights, self.bias)
+
+
+def with_blocks(module: Any, blocks: Mapping[str, BlockWeights]) -> Any:
+    """The model with the linear layers of `blocks` replaced; weights that nothing else holds are let go."""
+    for name, weights in blocks.items():
+        layer = name.removesuffix(".weight")
+        module.set_submodule(layer, BlockLinear(weights, module.get_submodule(layer).bias))
+    return module
