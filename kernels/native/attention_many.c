@@ -125,6 +125,7 @@ INLINE AVX512 void attend(const int NV, const struct attention_piece *piece, str
     const int NK = NV == 1 ? 16 : 8;
     const int64_t head_dim = piece->shape->head_dim, last_row = least(16 * (v + NV), piece->n_rows) - 1;
     if (at > last_key(piece, last_row) || at + n <= first_key(piece, 16 * v)) return;
+    n = least(n, (last_key(piece, last_row) - at) / TILE * TILE + TILE);
     const uint16_t *keys = piece->keys + at * head_dim;
     const __m512 scaling = _mm512_set1_ps(piece->shape->scaling * LOG2_E);
     for (int64_t j = 0; j < n; j += NK) {
