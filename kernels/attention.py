@@ -97,10 +97,14 @@ def attend_spans(spans: Sequence[AttentionSpan], window: int | None, scaling: fl
     rounded to bf16 where AVX-512 computes. A span's result depends on itself alone: not on threads nor other spans.
     Raises ValueError for what the kernel does not take.
     """
+    if window is not None and window < 0:
+        raise ValueError(f"a window of {window} tokens")
     if not spans:
         return
     n_heads, _, head_dim = spans[0].query.shape
     n_groups = spans[0].keys.shape[0]
+    if not native_attention_supported(spans[0].query.dtype, head_dim, spans[0].query.device) or n_heads % n_groups:
+        raise ValueError(f"the kernel takes no {n_heads} heads of {head_dim} in {n_groups} groups here")
     for span in spans:
         _check(span, n_heads, n_groups, head_dim)
     shape = ffi.new("struct attention_shape *", (n_groups, n_heads // n_groups, head_dim, window or 0, scaling))
@@ -113,15 +117,16 @@ def attend_spans(spans: Sequence[AttentionSpan], window: int | None, scaling: fl
 
 def _check(span: AttentionSpan, n_heads: int, n_groups: int, head_dim: int) -> None:
     query, keys, values, out = span.query, span.keys, span.values, span.out
-    n_new, end = query.shape[1], span.position + query.shape[1]
-    if any(not native_attention_supported(part.dtype, head_dim, part.device) for part in (query, keys, values, out)):
-        raise ValueError(f"the kernel takes no {query.dtype} heads of {head_dim} on {query.device}")
-    if (*query.shape[::2], *keys.shape[::2]) != (n_heads, head_dim, n_groups, head_dim) or n_heads % n_groups:
+    n_new, capacity = query.shape[1], keys.shape[1]
+    for part in (query, keys, values, out):
+        if part.dtype is not torch.bfloat16 or not part.is_cpu:
+            raise ValueError(f"the kernel takes bf16 on the CPU, not {part.dtype} on {part.device}")
+    if query.shape != (n_heads, n_new, head_dim) or keys.shape != (n_groups, capacity, head_dim):
         raise ValueError(f"heads {tuple(query.shape)} do not fit keys {tuple(keys.shape)} or the other spans")
     if values.shape != keys.shape or values.stride() != keys.stride() or keys.stride()[1:] != (head_dim, 1):
         raise ValueError("keys and values must lie alike, each group in one run")
-    if span.position < 0 or -(-end // 16) * 16 > keys.shape[1]:
-        raise ValueError(f"positions up to {end} are not readable in whole tiles of {tuple(keys.shape)}")
+    if span.position < 0 or -(-(span.position + n_new) // 16) * 16 > capacity:
+        raise ValueError(f"{n_new} positions from {span.position} on are not readable in whole tiles of {capacity}")
     if out.shape != (n_new, n_heads, head_dim) or out.stride()[1:] != (head_dim, 1) or query.stride(2) != 1:
         raise ValueError(f"no room for {tuple(query.shape)} in {tuple(out.shape)}, or channels are not contiguous")
 

@@ -15,11 +15,6 @@ struct few_work {
     float scale[FEW_ROWS];
 };
 
-/* Asks for n elements before they are needed. */
-INLINE AVX512 void fetch(const uint16_t *from, int64_t n) {
-    for (int64_t d = 0; d < n; d += 32) _mm_prefetch((const char *)(from + d), _MM_HINT_T0);
-}
-
 /* Lane i of the result is the sum of the lanes of acc[i]. */
 INLINE AVX512 __m512 sum_lanes(const __m512 acc[16]) {
     __m512 quarter[4];
@@ -99,8 +94,22 @@ INLINE AVX512 void weigh(const int NR, const int ND, const struct few_work *work
 INLINE AVX512 void weigh_rows(const int NR, const struct few_work *work, int64_t first, const uint16_t *values,
                               int64_t head_dim, int64_t n, float *acc) {
     int64_t d = 0;
+    acc += first * head_dim;
     for (; d + 64 <= head_dim; d += 64) weigh(NR, 2, work, first, values + d, head_dim, n, acc + d);
     for (; d < head_dim; d += 32) weigh(NR, 1, work, first, values + d, head_dim, n, acc + d);
+}
+
+/* The same for all rows: at most four together, or as many registers would not do. */
+INLINE AVX512 void weigh_all(const struct few_work *work, int64_t rows, const uint16_t *values, int64_t head_dim,
+                             int64_t n, float *acc) {
+    int64_t half = rows > 4 ? (rows + 1) / 2 : rows;
+    for (int64_t r = 0; r < rows; r += half) {
+        int64_t together = least(half, rows - r);
+        if (together == 4) weigh_rows(4, work, r, values, head_dim, n, acc);
+        else if (together == 3) weigh_rows(3, work, r, values, head_dim, n, acc);
+        else if (together == 2) weigh_rows(2, work, r, values, head_dim, n, acc);
+        else weigh_rows(1, work, r, values, head_dim, n, acc);
+    }
 }
 
 /* Scores of keys [at, at + n) for all rows, as logarithms to base 2 of weights. */
@@ -132,14 +141,11 @@ INLINE AVX512 void attend(const int64_t head_dim, const struct attention_piece *
         work.first[r] = first_key(piece, r), work.last[r] = last_key(piece, r);
     }
     for (int64_t at = piece->begin; at < piece->end; at += SPAN) {
-        int64_t n = least((piece->end - at + TILE - 1) / TILE * TILE, SPAN), r = 0;
+        int64_t n = least((piece->end - at + TILE - 1) / TILE * TILE, SPAN);
         score_span(head_dim, piece, &work, at, n);
         for (int64_t i = 0; i < rows; i++)
             work.scale[i] = soften(work.scores[i], n, work.weights[i], max + i, sum + i);
-        const uint16_t *values = piece->values + at * head_dim;
-        for (; r + 4 <= rows; r += 4) weigh_rows(4, &work, r, values, head_dim, n, acc + r * head_dim);
-        for (; r + 3 <= rows; r += 3) weigh_rows(3, &work, r, values, head_dim, n, acc + r * head_dim);
-        for (; r < rows; r++) weigh_rows(1, &work, r, values, head_dim, n, acc + r * head_dim);
+        weigh_all(&work, rows, piece->values + at * head_dim, head_dim, n, acc);
     }
 }
 

@@ -68,6 +68,11 @@ INLINE AVX512 __m512 exp2_16(__m512 x) {
     return _mm512_scalef_ps(p, whole);
 }
 
+/* Asks for n elements before they are needed. */
+INLINE AVX512 void fetch(const uint16_t *from, int64_t n) {
+    for (int64_t d = 0; d < n; d += 32) _mm_prefetch((const char *)(from + d), _MM_HINT_T0);
+}
+
 /* Two bf16 as one 32-bit lane in every lane. */
 INLINE AVX512 __m512bh broadcast_pair(const void *pair) {
     uint32_t both;

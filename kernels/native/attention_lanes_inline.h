@@ -111,6 +111,7 @@ INLINE void attend_vectors(const int NV, const struct attention_piece *piece, st
     const int NK = 8 / NV;
     const int64_t head_dim = piece->shape->head_dim, last_row = least(LANES * (v + NV), piece->n_rows) - 1;
     if (at > last_key(piece, last_row) || at + n <= first_key(piece, LANES * v)) return;
+    n = least(n, (last_key(piece, last_row) - at) / TILE * TILE + TILE);
     for (int64_t j = 0; j < n; j += NK) score(NV, NK, work, v, head_dim, j, piece->shape->scaling * LOG2_E);
     int open = at + n - 1 <= last_key(piece, LANES * v) && at >= first_key(piece, last_row);
     for (int i = 0; i < NV; i++) {

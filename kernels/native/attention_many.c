@@ -125,9 +125,16 @@ INLINE AVX512 void attend(const int NV, const struct attention_piece *piece, str
     const int NK = NV == 1 ? 16 : 8;
     const int64_t head_dim = piece->shape->head_dim, last_row = least(16 * (v + NV), piece->n_rows) - 1;
     if (at > last_key(piece, last_row) || at + n <= first_key(piece, 16 * v)) return;
+    n = least(n, (last_key(piece, last_row) - at) / TILE * TILE + TILE);
     const uint16_t *keys = piece->keys + at * head_dim;
     const __m512 scaling = _mm512_set1_ps(piece->shape->scaling * LOG2_E);
-    for (int64_t j = 0; j < n; j += NK) score(NV, NK, work, v, keys, head_dim, j, scaling);
+    for (int64_t j = 0; j < n; j += NK) {
+        if (v == 0) { /* the next tile, while there is much to compute */
+            fetch(keys + (j + KEYS) * head_dim, NK * head_dim);
+            fetch(piece->values + (at + j + KEYS) * head_dim, NK * head_dim);
+        }
+        score(NV, NK, work, v, keys, head_dim, j, scaling);
+    }
     int open = at + n - 1 <= last_key(piece, 16 * v) && at >= first_key(piece, last_row);
     for (int i = 0; i < NV; i++) {
         if (!open) hide(work->scores[i], work->first[v + i], work->last[v + i], at, n);
