@@ -24,7 +24,7 @@ say = @printf '\033[1m==> %s\033[0m\n' $(1)
 # Which part of the release column: i/n.
 PART ?= 1/1
 
-.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-hot-bytes bench-tasks bench-kvpress bench-recall bench-speed bench-kernels clean
+.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-hot-bytes bench-tasks bench-kvpress bench-recall bench-weights bench-speed bench-kernels clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -113,6 +113,9 @@ bench-speed: $(INSTALLED) model  ## speed against transformers and llama-server,
 
 bench-kernels: $(INSTALLED)  ## each kernel against its reference and the memory floor
 	@$(PY) benchmarks/kernels.py
+
+bench-weights: $(INSTALLED) model  ## what int8 and int4 cost in quality, against fp32; DATA=folder, LLAMA=llama-server's program
+	@$(PY) benchmarks/weights.py $(if $(DATA),--data $(DATA)) $(if $(LLAMA),--llama $(LLAMA))
 
 bench-branches: $(INSTALLED) model  ## forks, edits and shared prefixes of long sessions; what the log costs
 	@$(PY) benchmarks/branches.py

@@ -30,7 +30,9 @@ def kept_blocks(source: Path, module: Any) -> dict[str, BlockWeights]:
     reader = GGUFReader(str(source))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     field = reader.fields["general.architecture"]
-    (architecture,) = (number for number, name in MODEL_ARCH_NAMES.items() if name == field.contents())
+    architecture = next((number for number, name in MODEL_ARCH_NAMES.items() if name == field.contents()), None)
+    if architecture is None:
+        return {}  # gguf knows no names of its tensors
     config = module.config.get_text_config()
     names = get_tensor_name_map(architecture, config.num_hidden_layers)
     kept = {}

@@ -109,3 +109,19 @@ def test_second_resolve_is_fast(converted: Path) -> None:
     start = time.perf_counter()
     modelstore.identity_fields(modelstore.resolve("smollm2").path)
     assert time.perf_counter() - start < 0.3
+
+
+def test_every_matrix_keeps_the_files_own_codes(original: Path, converted: Path) -> None:
+    import gguf
+    import numpy as np
+
+    from sessiond.blockfile import read_blocks
+
+    kept = read_blocks(converted / "blocks.safetensors")
+    assert len(kept) == 30 * 7 + 1
+    assert {name for name, weights in kept.items() if weights.bits == 8} == {"model.embed_tokens.weight"}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(original)).tensors}
+    for ours, theirs in (("mlp.up_proj", "ffn_up"), ("self_attn.o_proj", "attn_output")):
+        tensor = tensors[f"blk.17.{theirs}.weight"]
+        expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        assert np.array_equal(kept[f"model.layers.17.{ours}.weight"].dequantize(), expected)
