@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import Conditions, arguments, console, median, print_json, spin_as_the_daemon, spread
+from _bench import Conditions, arguments, console, median, print_json, ratios, rounded, spin_as_the_daemon, spread
 from _floors import Floors
 from _kernelcase import KernelCase
 from rich.table import Table
@@ -65,7 +65,7 @@ def measure(case: KernelCase, floors: Floors, rounds: int, at_least: float) -> d
     """Times in microseconds, and shares of the floor, of one case."""
     times: dict[str, list[float]] = {"run": [], "reference": []}
     calls = {"run": case.run, "reference": case.reference}
-    shares, ratios = [], []
+    floor_us: list[float] = []
     for round_ in range(-1, rounds):  # the first warms up
         floors.sample()
         order = list(calls) if round_ % 2 == 0 else list(calls)[::-1]
@@ -74,11 +74,14 @@ def measure(case: KernelCase, floors: Floors, rounds: int, at_least: float) -> d
             continue
         for name, seconds in took.items():
             times[name].append(seconds * 1e6)
-        shares.append(floors.seconds(case.nbytes, case.multiply_adds, case.kind) / took["run"])
-        if case.reference:
-            ratios.append(took["reference"] / took["run"])
-    told = {"us": spread(times["run"]), "floor_share": spread(shares)}
-    return told | ({"reference_us": spread(times["reference"]), "speedup": spread(ratios)} if ratios else {})
+        floor_us.append(floors.seconds(case.nbytes, case.multiply_adds, case.kind) * 1e6)
+    run, reference = times["run"], times["reference"]
+    told = {
+        "us": spread(run),
+        "floor_share": spread(ratios(floor_us, run)),
+        "best_share": rounded(min(floor_us) / min(run)),  # less in need of a quiet machine
+    }
+    return told | ({"reference_us": spread(reference), "speedup": spread(ratios(reference, run))} if reference else {})
 
 
 def report(cases: Sequence[KernelCase], told: dict[str, dict[str, Any]], floors: Floors) -> dict[str, Any]:

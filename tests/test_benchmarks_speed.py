@@ -335,6 +335,7 @@ def test_a_share_is_of_the_larger_floor(kernels: ModuleType) -> None:
     found = kernels.measure(slow, Fixed(), rounds=3, at_least=0.0001)
     assert 0.05 < found["floor_share"]["median"] <= 0.1
     assert found["speedup"]["median"] < 1
+    assert found["best_share"] == pytest.approx(found["floor_share"]["max"], rel=0.01)
     computes = case(kernels, run=lambda: time.sleep(0.01), multiply_adds=5000, reference=None)
     found = kernels.measure(computes, Fixed(), rounds=3, at_least=0.0001)
     assert 0.25 < found["floor_share"]["median"] <= 0.5

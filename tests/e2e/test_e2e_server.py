@@ -121,6 +121,9 @@ class TestWhatItSaysOfItself:
         assert now.disk.log_file_bytes > 0
         assert now.disk.free_bytes > 0
         assert now.HasField("uptime")
+        names = ("engine_step_seconds", "engine_forward_seconds")
+        step, forward = (now.gauges[name] - fresh.gauges[name] for name in names)
+        assert 0 < forward < step < now.uptime.ToNanoseconds() / 1e9
         await peer.suspend(session)
         await peer.turn(session, "And?", max_tokens=2)
         then = (await stats()).tokens
