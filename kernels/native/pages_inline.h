@@ -85,6 +85,7 @@ INLINE AVX512 void score_pages_avx512(const struct page_shape *shape, const stru
         for (int64_t d = 0; d < head_dim; d += 32) {
             __m512bh falls = (__m512bh)_mm512_loadu_si512(query->low_bf16 + d);
             __m512bh rises = (__m512bh)_mm512_loadu_si512(query->high_bf16 + d);
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 int64_t at = (page + (i < n ? i : n - 1)) * head_dim + d;
                 acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(low + at), falls);
