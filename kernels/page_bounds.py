@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sessiond.kernels.native_library import BUILT, lib
+from sessiond.kernels.scratch import scratch
 
 KINDS = (torch.bfloat16, torch.float32)
 MOST_DIM = 256  # of the compiled kernels
@@ -125,6 +126,7 @@ def _scored(query: Tensor, bounds: Tensor, n_pages: int, rising: Tensor | None, 
         n_pages,
         head_dim,
         out.data_ptr(),
+        scratch(lib.page_room(n_groups * n_share)),
         best,
         torch.get_num_threads(),
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sessiond.policies.choosing import top
@@ -45,11 +44,6 @@ class Prior:
     def followed_by(self, scores: Tensor) -> Prior:
         """With the scores [L, G, M] of the next M tokens."""
         return Prior(torch.cat([self.scores, scores.to(self.scores.dtype)], 2))
-
-    def of(self, layer: int, n: int) -> Tensor:
-        """Scores [G, n] fp32, at most 1, of the first `n` tokens in one layer; 1 for those that have none yet."""
-        scores = self.scores[layer, :, :n].float().clamp(max=1.0)
-        return F.pad(scores, (0, n - scores.shape[1]), value=1.0)
 
     def rows(self, layer: int) -> Tensor:
         """The scores [G, N] fp16 of one layer as they are kept: some above 1."""

@@ -12,7 +12,7 @@
 
 #include "native.h"
 
-enum { TILE_KEYS = 16, MOST_FIELDS = 512 };
+enum { TILE_KEYS = 16, MOST_FIELDS = 512, AHEAD = 24 }; /* AHEAD: tiles asked for before they are needed */
 
 struct code_shape {
     int64_t head_dim, n_vectors, tile_bytes;
@@ -111,7 +111,10 @@ INLINE AVX512 void score_tiles(const int WIDTH, const int NT, const int NR, cons
     for (int part = 0; part < query[0].n_parts; part++)
         for (int64_t v = 0; v < shape->n_vectors; v++) {
             __m512i words[4];
-            for (int t = 0; t < NT; t++) words[t] = _mm512_loadu_si512(tiles + t * tile_bytes + v * 64);
+            for (int t = 0; t < NT; t++) {
+                words[t] = _mm512_loadu_si512(tiles + t * tile_bytes + v * 64);
+                _mm_prefetch((const char *)(tiles + (t + AHEAD) * tile_bytes + v * 64), _MM_HINT_T0);
+            }
 #pragma GCC unroll 8
             for (int i = 0; i < 16 / WIDTH; i++) {
                 __m512bh pairs[4];

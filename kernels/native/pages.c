@@ -31,12 +31,13 @@ void score_pages(const struct page_shape *shape, const struct page_query *query,
     plain(shape, query, scores);
 }
 
-enum { PART_PAGES = 512 };
+enum { PART_PAGES = 128 }; /* their bounds stay near while a group's heads read them */
 
 struct pages_job {
-    const uint8_t *query, *rising, *low, *high;
+    const uint8_t *low, *high;
+    struct page_query *query;
     float *scores;
-    int64_t group_stride, rising_rows, n_share, n_pages, head_dim, n_parts;
+    int64_t group_stride, n_share, n_pages, head_dim, n_parts;
     int query_bf16, bounds_bf16, best;
 };
 
@@ -49,40 +50,50 @@ static void pages_chunk(void *arg, int64_t chunk) {
                                      job->query_bf16};
     for (int64_t r = 0; r < job->n_share; r++) {
         const int64_t row = group * job->n_share + r;
-        const uint8_t *query = job->query + row * head_dim * (job->query_bf16 ? 2 : 4);
-        float numbers[MOST_CHANNELS], more[PART_PAGES];
-        uint8_t own[MOST_CHANNELS];
-        struct page_query cut;
-        for (int64_t d = 0; d < head_dim; d++) {
-            numbers[d] = job->query_bf16 ? from_bf16(((const uint16_t *)query)[d]) : ((const float *)query)[d];
-            own[d] = numbers[d] > 0.0f;
-        }
-        const uint8_t *rising = job->rising ? job->rising + (group * job->rising_rows + r % job->rising_rows) * head_dim : own;
-        cut_query(numbers, rising, head_dim, &cut);
+        float more[PART_PAGES];
         if (!job->best || r == 0) {
-            score_pages(&shape, &cut, job->scores + (job->best ? group : row) * job->n_pages + begin);
+            score_pages(&shape, job->query + row, job->scores + (job->best ? group : row) * job->n_pages + begin);
             continue;
         }
         float *most = job->scores + group * job->n_pages + begin;
-        score_pages(&shape, &cut, more);
+        score_pages(&shape, job->query + row, more);
         for (int64_t i = 0; i < n; i++) /* NaN stays */
             most[i] = more[i] > most[i] || more[i] != more[i] ? more[i] : most[i];
     }
 }
 
+/* Words of 32 bits that page_scores needs for so many queries. */
+int64_t page_room(int64_t n_queries) { return n_queries * (int64_t)(sizeof(struct page_query) / 4); }
+
+static void read_query(const uint8_t *query, int is_bf16, const uint8_t *rising, int64_t head_dim,
+                       struct page_query *out) {
+    float numbers[MOST_CHANNELS];
+    uint8_t own[MOST_CHANNELS];
+    for (int64_t d = 0; d < head_dim; d++) {
+        numbers[d] = is_bf16 ? from_bf16(((const uint16_t *)query)[d]) : ((const float *)query)[d];
+        own[d] = numbers[d] > 0.0f;
+    }
+    cut_query(numbers, rising ? rising : own, head_dim, out);
+}
+
 /* Products of query [n_groups][n_share][head_dim] with the largest values of each page where `rising` (bytes
    [n_groups][rising_rows][head_dim], or 0: where the query is above 0), with the smallest elsewhere. Bounds: [n_groups],
    `group_stride` elements apart, [n_pages][head_dim]; head_dim <= 256; bf16 or fp32. scores fp32
-   [n_groups][n_share][n_pages]; with `best` [n_groups][n_pages], the largest of a group's heads. */
+   [n_groups][n_share][n_pages]; with `best` [n_groups][n_pages], the largest of a group's heads. `room`: page_room()
+   words. */
 void page_scores(uintptr_t query, int query_bf16, uintptr_t rising, int64_t rising_rows, uintptr_t low, uintptr_t high,
                  int64_t group_stride, int bounds_bf16, int64_t n_groups, int64_t n_share, int64_t n_pages,
-                 int64_t head_dim, uintptr_t scores, int best, int n_threads) {
-    struct pages_job job = {.query = (const uint8_t *)query, .rising = (const uint8_t *)rising,
-                            .low = (const uint8_t *)low, .high = (const uint8_t *)high, .scores = (float *)scores,
-                            .group_stride = group_stride, .rising_rows = rising_rows, .n_share = n_share,
-                            .n_pages = n_pages, .head_dim = head_dim,
+                 int64_t head_dim, uintptr_t scores, uintptr_t room, int best, int n_threads) {
+    struct pages_job job = {.low = (const uint8_t *)low, .high = (const uint8_t *)high,
+                            .query = (struct page_query *)room, .scores = (float *)scores,
+                            .group_stride = group_stride, .n_share = n_share, .n_pages = n_pages, .head_dim = head_dim,
                             .n_parts = (n_pages + PART_PAGES - 1) / PART_PAGES, .query_bf16 = query_bf16,
                             .bounds_bf16 = bounds_bf16, .best = best};
+    for (int64_t row = 0; row < n_groups * n_share; row++) {
+        int64_t of = row / n_share * rising_rows + row % n_share % rising_rows;
+        read_query((const uint8_t *)query + row * head_dim * (query_bf16 ? 2 : 4), query_bf16,
+                   rising ? (const uint8_t *)rising + of * head_dim : NULL, head_dim, job.query + row);
+    }
     parallel_chunks(pages_chunk, &job, n_groups * job.n_parts, n_threads);
 }
 

@@ -4,7 +4,7 @@
 
 #include "native.h"
 
-enum { MOST_CHANNELS = 256, PAGES_AT_ONCE = 16 };
+enum { MOST_CHANNELS = 256, PAGES_AT_ONCE = 16, PAGES_AHEAD = 32 };
 
 /* A query head, cut by which bound its channels meet: zeros where they meet the other one. */
 struct page_query {
@@ -85,8 +85,11 @@ INLINE AVX512 void score_pages_avx512(const struct page_shape *shape, const stru
         for (int64_t d = 0; d < head_dim; d += 32) {
             __m512bh falls = (__m512bh)_mm512_loadu_si512(query->low_bf16 + d);
             __m512bh rises = (__m512bh)_mm512_loadu_si512(query->high_bf16 + d);
+#pragma GCC unroll 16
             for (int i = 0; i < 16; i++) {
                 int64_t at = (page + (i < n ? i : n - 1)) * head_dim + d;
+                _mm_prefetch((const char *)(low + at + PAGES_AHEAD * head_dim), _MM_HINT_T0);
+                _mm_prefetch((const char *)(high + at + PAGES_AHEAD * head_dim), _MM_HINT_T0);
                 acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(low + at), falls);
                 acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(high + at), rises);
             }

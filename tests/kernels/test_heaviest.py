@@ -72,6 +72,21 @@ def test_keys_that_repeat_are_taken_from_the_first_on(level, bits):
 
 @needs_build
 @levels
+def test_among_equals_the_prior_decides_and_tokens_without_a_score_are_the_best(level):
+    keys, query, enough = torch.ones(1, 100, 64), draw(1, 3, 64, seed=6), Enough(0.01, 4, 16)
+    known = torch.zeros(1, 70).half()
+    known[0, 40], known[0, 30] = 2.0, 0.5  # above 1 is 1
+    tiles = packed(keys)
+    with level:
+        found = heaviest(query, tiles, 100, 72, 4, SCALING, enough, known)
+    assert {30, 40, 70, 71} < set(found[0].tolist())
+    assert found.shape[1] == 16
+    with level:
+        assert heaviest(query, tiles, 100, 72, 4, SCALING, Enough(0.01, 1, 3), known).tolist() == [[40, 70, 71]]
+
+
+@needs_build
+@levels
 @pytest.mark.parametrize("n_earlier", [0, 1, 15, 16, 17, 63, 64])
 @pytest.mark.parametrize(("least", "most"), [(1, 1), (1, 16), (5, 17), (64, 512)])
 def test_few_tokens(level, n_earlier, least, most):

@@ -82,11 +82,3 @@ def test_it_goes_through_bytes_unchanged_and_refuses_those_of_another_shape():
     assert back.scores.dtype == torch.float16
     with pytest.raises(ValueError, match="reshape"):
         Prior.from_bytes(prior.to_bytes()[:-2], L, G)
-
-
-def test_tokens_without_a_score_count_as_the_best():
-    prior = Prior(draw(0))
-    known = prior.of(1, N + 2)
-    assert known.shape == (G, N + 2)
-    assert known[:, N:].tolist() == [[1.0, 1.0]] * G
-    assert torch.equal(known[:, :N], prior.scores[1].float().clamp(max=1))
