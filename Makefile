@@ -24,7 +24,7 @@ say = @printf '\033[1m==> %s\033[0m\n' $(1)
 # Which part of the release column: i/n.
 PART ?= 1/1
 
-.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-hot-bytes bench-tasks bench-kvpress bench-recall clean
+.PHONY: help demo test test-faults test-release install model lint format types proto bench-resume bench-decode bench-branches bench-fidelity bench-exact bench-end-of-turn bench-hot-bytes bench-tasks bench-kvpress bench-recall bench-speed bench-kernels clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,12 @@ bench-kvpress: $(INSTALLED) model  ## kvpress's SnapKV, KVzip and StreamingLLM, 
 
 bench-recall: $(INSTALLED)  ## facts asked for in later turns under each policy; trains its model the first time
 	@$(PY) benchmarks/recall.py
+
+bench-speed: $(INSTALLED) model  ## speed against transformers and llama-server, through their interfaces; PLOTS=folder
+	@$(PY) benchmarks/speed.py $(if $(PLOTS),--plots $(PLOTS)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+bench-kernels: $(INSTALLED)  ## each kernel against its reference and the memory floor
+	@$(PY) benchmarks/kernels.py
 
 bench-branches: $(INSTALLED) model  ## forks, edits and shared prefixes of long sessions; what the log costs
 	@$(PY) benchmarks/branches.py

@@ -1,4 +1,4 @@
-"""Pictures of what the quality benchmarks measured: PNGs in a folder. Needs the extra "plot", but no screen."""
+"""Pictures of what benchmarks measured: PNGs in a folder. Needs the extra "plot", but no screen."""
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ def quality_against_turn(told: Told, folder: Path) -> Path:
 def read_bytes(found: Mapping[str, Any]) -> int:
     """What a decoded step read, of exact KV, of forms of it and of indexes."""
     return sum(int(found.get(f"{part}_bytes_per_step", 0)) for part in ("kv", "form", "scan"))
+
+
+def speed(lines: Mapping[str, Sequence[tuple[int, float]]], x: str, y: str, file: Path) -> Path:
+    """Tokens a second, by contender, against what doubles from point to point."""
+    figure, axes = _axes(x, y)
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks := sorted({at for points in lines.values() for at, _ in points}), [f"{at:,}" for at in ticks])
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return _save(figure, file)
 
 
 def _lines(lines: Mapping[str, Sequence[tuple[int, float]]], x: str, file: Path) -> Path:

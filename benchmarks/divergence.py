@@ -3,6 +3,7 @@
 Sealed KV does not depend on what else runs; KV of decoded tokens may, in its last bits, because a step of several rows
 may sum in another order than a step of one. Each question is answered greedily in a session of its own, first alone,
 then all at once, then all at once with a SIGKILL in the middle, after which the clients come back with their ids.
+Before that one decode step of 32 and of 96 sessions is computed freely, as --batch-invariant has it, and one by one.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any
 
 from _bench import Conditions, agreeing_prefix, arguments, console, data_folder, print_json
 from _daemon import DaemonProcess
+from _divergence_steps import measure
 
 from sessiond.clients import Client
 from sessiond.clients.errors import SessiondClientError
+from sessiond.model import Model
+from sessiond.modelstore import resolve
 
 QUESTIONS = (
     "Name three rivers of Europe and say where they end.",
@@ -29,6 +33,7 @@ QUESTIONS = (
     "How does a bicycle stay upright?",
     "Describe a market in the early morning.",
 )
+SESSIONS, CONTEXT = (32, 96), 200  # of the steps
 NO_END = {0: -100.0, 2: -100.0}  # no answer ends by itself
 out = console()
 
@@ -104,6 +109,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=120)
     options = parser.parse_args()
+    model = Model.load(resolve(options.model).path)
+    steps = [measure(model, n, CONTEXT) for n in SESSIONS]
+    del model
     with data_folder("divergence", out) as folder:
         conditions = Conditions(folder)
         with DaemonProcess(folder / "running", model=options.model) as daemon:
@@ -114,6 +122,8 @@ def main() -> None:
         recovered = compared(reference, killed(folder / "killed", options.model, options.tokens))
     if again["same"] != again["of"]:
         raise RuntimeError(f"alone, the same question was answered differently the second time: {again}")
+    for step in steps:
+        out.print(f"a decode step: {step}")
     out.print(f"beside others {beside}; beside others and killed in the middle {recovered}")
     print_json(
         {
@@ -123,6 +133,7 @@ def main() -> None:
             "alone_again": again,
             "beside_others": beside,
             "killed_beside_others": recovered,
+            "steps": steps,
             "tokens": options.tokens,
             **conditions.told(),
         }

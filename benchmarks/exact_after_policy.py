@@ -24,14 +24,17 @@ from _scoring import score_history
 
 from sessiond import modelstore
 from sessiond.cache import SessionCache
+from sessiond.idlework import SealWork
 from sessiond.model import Model, load_tokenizer
 from sessiond.policies.base import Policy, Situation
 from sessiond.policies.full import Full
 from sessiond.policies.registry import POLICIES, parse
 from sessiond.sampling import Sampler, SamplingParams
-from sessiond.scheduler import Ended, Scheduler, SealWork, TokenOut, TurnWork
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Ended, TokenOut
 from sessiond.storage.kv import kv_digest
 from sessiond.textstream import Detokenizer, TextStream
+from sessiond.turnwork import TurnWork
 from sessiond.types import Span
 
 CELL = 128

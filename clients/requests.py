@@ -102,6 +102,7 @@ class GenerateOptions(SamplingOptions, total=False):
     wait: bool
     supersede: bool
     abort_on_disconnect: bool
+    priority: int
     retemplate: bool
 
 
@@ -199,6 +200,7 @@ def generate(session_id: str, messages: Input | None, options: GenerateOptions) 
         wait=options.get("wait", False),
         supersede=options.get("supersede", False),
         abort_on_disconnect=options.get("abort_on_disconnect", False),
+        priority=options.get("priority", 0),
         retemplate=options.get("retemplate", False),
     )
     if "mode" in options:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sessiond.kernels.top import top
+
+__all__ = ["ascending", "summed_weights", "top"]
+
 AT_ONCE = 32  # queries whose weights are held at a time
 
 
@@ -22,22 +26,6 @@ def summed_weights(query: Tensor, at: Tensor, keys: Tensor, places: Tensor, scal
         scores = (grouped @ keys.mT * scaling).masked_fill_(places > now[:, None], float("-inf"))
         total += scores.softmax(-1).sum((1, 2))
     return total
-
-
-def top(scores: Tensor, k: int) -> Tensor:
-    """Positions of the `k` highest scores [G, T] of each row, ascending; all, if there are no more. Ties: the earlier.
-
-    The same scores give the same choice on every run. NaN comes last.
-    """
-    n_groups, n = scores.shape
-    if k >= n:
-        return torch.arange(n).expand(n_groups, -1)
-    scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    # A stable sort says the same in several times the time. Of topk only the values are sure, not its order of ties.
-    least = scores.topk(max(k, 1), -1).values.amin(-1, keepdim=True)
-    above, tied = scores > least, scores == least
-    room = k - above.sum(-1, keepdim=True)
-    return (above | tied & (tied.cumsum(-1) <= room)).nonzero()[:, 1].view(n_groups, k)
 
 
 def ascending(positions: Tensor) -> Tensor:

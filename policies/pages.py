@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from sessiond.kernels import page_bounds
+from sessiond.kernels.rocket import PagedSet
 
 
 class Pages:
@@ -30,7 +32,10 @@ class Pages:
     @property
     def read_bytes(self) -> int:
         """Bytes of the bounds of all pages: what scores read."""
-        return sum(bounds.nbytes for bounds in self.bounds()) if self.n_pages else 0
+        if self._bounds is None:
+            return 0
+        _, n_groups, _, head_dim = self._bounds.shape
+        return 2 * n_groups * self.n_pages * head_dim * self._bounds.element_size()
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest values, each [G, P, D]. There must be a page."""
@@ -39,14 +44,10 @@ class Pages:
 
     def extend(self, keys: Tensor) -> None:
         """Append keys [G, N, D], which stand at [length, length + N); only they are read."""
-        taken = min(-self.length % self.size, keys.shape[1])
-        if taken:
-            low, high = self.bounds()
-            low[:, -1] = torch.minimum(low[:, -1], keys[:, :taken].amin(1))
-            high[:, -1] = torch.maximum(high[:, -1], keys[:, :taken].amax(1))
-            self.length += taken
-        if taken < keys.shape[1]:
-            self._append(keys[:, taken:])
+        end = self.length + keys.shape[1]
+        if keys.shape[1]:
+            page_bounds.extend(keys, self._room(keys, -(-end // self.size)), self.length, self.size)
+        self.length = end
 
     def keep(self, n: int) -> None:
         """Forget what depends on positions from `n` on. A page cut by `n` goes too: `length` falls to its beginning,
@@ -65,27 +66,25 @@ class Pages:
         `rising` [G, R or 1, D]; the result [G, R, P], fp32. Where `rising` is the query's own sign, no key of the page
         has a larger product.
         """
-        low, high = self.bounds()
-        query = query.float()
-        falls = query.masked_fill(rising, 0) @ low.float().mT
-        return query.masked_fill(~rising, 0) @ high.float().mT + falls
+        return page_bounds.scores(query, self._kept(), self.n_pages, rising)
 
-    def _append(self, keys: Tensor) -> None:
-        """Add pages for keys [G, N, D], N > 0, of which the first begins a page."""
-        # The last key repeated changes neither bound of its page.
-        filling = keys[:, -1:].expand(-1, -keys.shape[1] % self.size, -1)
-        paged = torch.cat([keys, filling], 1).view(keys.shape[0], -1, self.size, keys.shape[-1])
-        start, end = self.n_pages, self.n_pages + paged.shape[1]
-        bounds = self._room(paged, start, end)
-        bounds[0, :, start:end] = paged.amin(2)
-        bounds[1, :, start:end] = paged.amax(2)
-        self.length += keys.shape[1]
+    def best(self, query: Tensor) -> Tensor:
+        """The bound [G, P] of a page's products with the queries [G, R, D] of a group, the best of them."""
+        return page_bounds.best_scores(query, self._kept(), self.n_pages)
 
-    def _room(self, like: Tensor, used: int, needed: int) -> Tensor:
-        """A store with room for `needed` pages, the first `used` kept. It grows by a quarter, so copies are few."""
+    def first(self, n: int) -> PagedSet:
+        """All tokens, of which the first `n` may be chosen."""
+        return PagedSet(self._kept(), self.size, self.length, n)
+
+    def _kept(self) -> Tensor:
+        assert self._bounds is not None
+        return self._bounds
+
+    def _room(self, like: Tensor, needed: int) -> Tensor:
+        """A store with room for `needed` pages, what there is kept. It grows by a quarter, so copies are few."""
         if self._bounds is None or self._bounds.shape[2] < needed:
             grown = like.new_empty(2, like.shape[0], needed + needed // 4, like.shape[-1])
             if self._bounds is not None:
-                grown[:, :, :used] = self._bounds[:, :, :used]
+                grown[:, :, : self.n_pages] = self._bounds[:, :, : self.n_pages]
             self._bounds = grown
         return self._bounds

@@ -51,6 +51,10 @@ class Prior:
         scores = self.scores[layer, :, :n].float().clamp(max=1.0)
         return F.pad(scores, (0, n - scores.shape[1]), value=1.0)
 
+    def rows(self, layer: int) -> Tensor:
+        """The scores [G, N] fp16 of one layer as they are kept: some above 1."""
+        return self.scores[layer]
+
     def kept(self, share: float, budget: str) -> Tensor:
         """Which tokens `share` of all leaves, [L, G, N] bool; computed once (`kept_by`)."""
         mask = self._kept.get((share, budget))

@@ -1,16 +1,15 @@
 """Keys and values in few bits: asymmetric, a scale and a zero for each group of numbers (METHODS.md, first table).
 
-A row of D numbers becomes D codes of `bits` bits, two or four to a byte, and two bf16 numbers for each group. As an
-index (QuantizedKeys) they rank tokens and nothing is computed from them; as a view (QuantizedKV) they stand in for the
-exact ones.
+A row of D numbers becomes D codes of `bits` bits, two or four to a byte, and two bf16 numbers for each group. They
+stand in for the exact ones (QuantizedKV); keyindex.py has the codes that only rank tokens.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sessiond.kernels.quantize import quantize
 from sessiond.policies.base import ModelFacts, Taken
 
 BITS = (2, 4, 8)
@@ -60,13 +59,8 @@ class Codes:
         if end <= start:
             return
         self._reserve(rows, end)
-        new = self._grouped(rows[:, start:end].float())
-        low, high = new.amin(-1), new.amax(-1)
-        scale = ((high - low) / (2**self._bits - 1)).clamp(min=1e-8).to(torch.bfloat16)
-        low = low.to(torch.bfloat16)
-        codes = ((new - low.float()[..., None]) / scale.float()[..., None]).round().clamp(0, 2**self._bits - 1)
-        self._codes[:, start:end] = self._pack(codes.to(torch.uint8).flatten(-2)[..., : self._width])
-        self._scales[:, start:end] = torch.cat([scale, low], -1)
+        group = self._group or self._width
+        quantize(rows[:, start:], self._codes[:, start:end], self._scales[:, start:end], self._bits, group)
         self.n = end
 
     def read(self, n: int, dtype: torch.dtype) -> Tensor:
@@ -89,12 +83,6 @@ class Codes:
             return of_groups
         return of_groups.repeat_interleave(self._group, -1)[..., : self._width]
 
-    def _grouped(self, rows: Tensor) -> Tensor:
-        """[G, N, D] to [G, N, P, D of a group]; the last number fills a short group up, which changes no bound."""
-        size = self._group or self._width
-        filling = rows[..., -1:].expand(*rows.shape[:-1], -self._width % size)
-        return torch.cat([rows, filling], -1).view(*rows.shape[:-1], -1, size)
-
     def _reserve(self, rows: Tensor, end: int) -> None:
         n_groups, _, self._width = rows.shape
         if self._codes.ndim == 3 and end <= self._codes.shape[1]:
@@ -108,33 +96,11 @@ class Codes:
             scales[:, : self.n] = self._scales[:, : self.n]
         self._codes, self._scales = codes, scales
 
-    def _pack(self, codes: Tensor) -> Tensor:
-        """[..., D] codes below 2^bits to [..., B] bytes, B = D * bits / 8 rounded up; the first in the lowest bits."""
-        parts = F.pad(codes, (0, -codes.shape[-1] % (8 // self._bits))).chunk(8 // self._bits, -1)
-        packed = parts[0].clone()
-        for i, part in enumerate(parts[1:], 1):
-            packed |= part << (i * self._bits)
-        return packed
-
     def _unpack(self, packed: Tensor) -> Tensor:
         """The codes [..., D] of bytes [..., B]."""
         mask = 2**self._bits - 1
         parts = [packed >> (i * self._bits) & mask for i in range(8 // self._bits)]
         return torch.cat(parts, -1)[..., : self._width]
-
-
-class QuantizedKeys(Codes):
-    """Keys as an index: one scale and zero for each token and head."""
-
-    def __init__(self, bits: int) -> None:
-        super().__init__(bits)
-
-    def scores(self, query: Tensor, n: int) -> Tensor:
-        """query [G, R, D] against the first `n` keys: [G, R, n], fp32, without the softmax's scaling."""
-        query = query.float()
-        codes = self._unpack(self._codes[:, :n]).to(torch.float32)
-        scale, low = self._scales[:, :n].float().unbind(-1)
-        return query @ codes.transpose(-1, -2) * scale[:, None] + query.sum(-1, keepdim=True) * low[:, None]
 
 
 class QuantizedKV:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from sessiond.kernels.page_bounds import positions_of
 from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import whole
@@ -64,12 +64,5 @@ class QuestSelector(Selector):
         self._pages.cover(view.keys, view.turn_start)
         if self._pages.n_pages <= self._n_chosen:
             return None
-        query = view.grouped[:, :, 0]
-        bounds = self._pages.scores(query, query > 0).amax(1)
-        return _positions(top(bounds, self._n_chosen), self._pages.size, view.turn_start)
-
-
-def _positions(pages: Tensor, size: int, end: int) -> Tensor:
-    """The positions in pages [G, K], ascending: [G, K * size]; -1 from `end` on, which cuts only the last page."""
-    positions = (pages[..., None] * size + torch.arange(size)).flatten(1)
-    return positions.masked_fill(positions >= end, -1)
+        bounds = self._pages.best(view.grouped[:, :, 0])
+        return positions_of(top(bounds, self._n_chosen), self._pages.size, view.turn_start)

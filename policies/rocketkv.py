@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d
 
+from sessiond.kernels import rocket
 from sessiond.policies.base import LayerView, Policy, Scan, Selector
 from sessiond.policies.choosing import summed_weights, top
 from sessiond.policies.knobs import whole
@@ -176,17 +177,7 @@ class TurnSet:
             index = self._positions[..., None].expand(-1, -1, view.keys.shape[-1])
             self._pages.extend(view.keys.gather(1, index))
         self._pages.extend(view.keys[:, self._turn_start + self._pages.length - n_set :])
-        weights = self._weights(view.grouped[:, :, 0].float(), view.scaling)
-        return self._positions.gather(1, top(weights[:, :n_set], self._split.chosen))
-
-    def _weights(self, query: Tensor, scaling: float) -> Tensor:
-        """Estimated attention of queries [G, H // G, D], summed over a group's heads: [G, tokens in the pages]."""
-        strongest = top(query.abs().sum(1), self._split.channels)
-        used = torch.zeros_like(query[:, 0]).scatter_(1, strongest, 1)[:, None]
-        partial = query * used
-        # SparQ (arXiv 2312.04985): fewer channels give smaller products; divide by the share that is left.
-        share = partial.abs().sum(-1, keepdim=True) / query.abs().sum(-1, keepdim=True).clamp_min(1e-30)
-        scaling_left = scaling / share.clamp_min(1e-30).sqrt()
-        scores = self._pages.scores(partial, query.sum(1, keepdim=True) > 0) * scaling_left
-        scores = scores.repeat_interleave(self._split.page, -1)[..., : self._pages.length]
-        return scores.softmax(-1).sum(1)
+        split = self._split
+        among = self._pages.first(n_set)
+        places = rocket.choose(view.grouped[:, :, 0], among, split.channels, split.chosen, view.scaling)
+        return self._positions.gather(1, places)

@@ -10,19 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
+from sessiond.kernels.heaviest import Enough
 from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
-from sessiond.policies.choosing import top
+from sessiond.policies.keyindex import QuantizedKeys
 from sessiond.policies.knobs import share, whole
-from sessiond.policies.quantized import BITS, QuantizedKeys, bytes_per_row
-
-# Estimates that differ by less than this share tie: the prior, where there is one, decides. It is far below the error
-# of any index. Weights below the other one are none.
-TIE = 2.0**-14
-NOTHING = 1e-30
+from sessiond.policies.quantized import BITS, bytes_per_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +57,7 @@ class SieveSelector(Selector):
         self._policy = policy
         self._layer = layer
         self._index = QuantizedKeys(policy.bits)
+        self._enough = Enough(policy.mass, policy.least, policy.most)
 
     @property
     def nbytes(self) -> int:
@@ -85,20 +81,7 @@ class SieveSelector(Selector):
     def step(self, view: LayerView) -> Tensor:
         """Weights are estimated over all earlier tokens, the turn's own among them: what those hold is not missing."""
         self._index.extend(view.keys)
-        n_groups, n_share, _, head_dim = view.grouped.shape
-        query = view.grouped.reshape(n_groups, n_share, head_dim)
-        weights = (self._index.scores(query, view.keys.shape[1]) * view.scaling).softmax(-1).mean(1)
-        own = weights[:, view.turn_start :].sum(-1)
-        earlier = weights[:, : view.turn_start]
-        if view.prior is not None:
-            best = view.prior.of(self._layer, view.turn_start)
-            earlier = earlier * (1 + TIE * best) + NOTHING * best
-        return top(earlier, self._count(earlier, own))
-
-    def _count(self, earlier: Tensor, own: Tensor) -> int:
-        """How many of the heaviest tokens every head needs for `mass`, rounded up to 16."""
-        policy = self._policy
-        heaviest = earlier.topk(min(policy.most, earlier.shape[-1]), -1).values
-        held = torch.cumsum(heaviest, -1) + own[:, None]
-        needed = int((held < policy.mass).sum(-1).max()) + 1
-        return max(policy.least, min(policy.most, -(-needed // 16) * 16))
+        n_groups, n, head_dim = view.keys.shape
+        query = view.query.reshape(n_groups, -1, head_dim)
+        prior = None if view.prior is None else view.prior.rows(self._layer)
+        return self._index.heaviest(query, n, view.turn_start, view.scaling, self._enough, prior)

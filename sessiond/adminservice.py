@@ -73,6 +73,7 @@ class AdminService(AdminServicer):
             sessions_by_tier={"hot": hot, "cold": usage.sessions - usage.deleted - hot},
             sessions_deleted=usage.deleted,
             turns_running=len(desk.turns),
+            turns_queued=max(0, len(desk.places) - len(desk.turns)),
             turns_suspended=max(0, usage.suspended - len(desk.turns)),  # a running one is open as well
             memory_bytes_by_tier={"device": desk.hot_bytes},
             memory_budget_bytes_by_tier={"device": desk.settings.memory_budget_bytes},
@@ -88,6 +89,8 @@ class AdminService(AdminServicer):
             gauges={
                 "kv_coded_page_bytes": float(usage.coded_pages),
                 "engine_steps": float(counters.steps),
+                "engine_step_seconds": counters.step_seconds,
+                "engine_forward_seconds": counters.forward_seconds,
                 "store_read_only": float(desk.store.read_only),
                 "disk_reserve_used": float(not desk.store.has_space),
                 "scrubbed_bytes": float(desk.scrub.n_bytes),

@@ -25,6 +25,7 @@ from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.template import Message
 from sessiond.turnplan import TurnPlan
 
+MOST_PRIORITY = 4
 NEW_INPUT, CONTINUE, APPEND_ONLY = "new_input", "continue", "append_only"
 
 
@@ -45,6 +46,7 @@ class TurnRequest:
     wait: bool = False
     supersede: bool = False
     abort_on_disconnect: bool = False
+    priority: int = 0
 
 
 def check(desk: Desk, request: TurnRequest) -> None:
@@ -55,6 +57,8 @@ def check(desk: Desk, request: TurnRequest) -> None:
         )
     if request.policy:
         desk.check_policy(*request.policy)
+    if abs(request.priority) > MOST_PRIORITY:
+        raise BadRequest(f"priority is from {-MOST_PRIORITY} to {MOST_PRIORITY}", field="priority")
     request.sampling.check_vocab(desk.vocab_size)
     given = bool(request.messages) or request.token_ids is not None
     if request.mode == CONTINUE:
@@ -129,10 +133,11 @@ def plan_turn(desk: Desk, live: Live, record: SessionRecord, request: TurnReques
         kind="append" if request.mode == APPEND_ONLY else "turn",
         drift=drift,
         abort_on_disconnect=request.abort_on_disconnect,
+        priority=request.priority,
     )
 
 
-def resume_turn(desk: Desk, record: SessionRecord, row: RequestRecord) -> TurnPlan:
+def resume_turn(desk: Desk, record: SessionRecord, row: RequestRecord, priority: int = 0) -> TurnPlan:
     """The plan of a turn that was suspended or cut off: its prompt and its generated tokens come from the log."""
     ids, flags = desk.store.log.tokens(record.tenant, row.revision_id)
     n_prompt = int(row.params["n_prompt"])
@@ -148,6 +153,7 @@ def resume_turn(desk: Desk, record: SessionRecord, row: RequestRecord) -> TurnPl
         logged=tuple(ids[n_prompt:].tolist()),
         attachment="resumed",
         abort_on_disconnect=bool(row.params["abort_on_disconnect"]),
+        priority=priority,
     )
 
 

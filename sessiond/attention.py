@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,6 @@ from sessiond.kernels.rope import Rope
 NAME = "sessiond"
 
 
-class InterruptedStepError(Exception):
-    """A step that may wait was abandoned between two layers. Its KV is written in some layers and not in others."""
-
-
 @dataclass(slots=True)
 class PackedStep:
     """What the model's forward passes on to every layer: the spans of one step and memory to work in."""
@@ -34,7 +29,6 @@ class PackedStep:
     spans: list[PackedSpan]
     scratch: Scratch
     rope: Rope | None = None  # of the layers that see all of history
-    gives_way: Callable[[], bool] | None = None  # asked in every layer whether the step is to be abandoned
 
 
 def attend(
@@ -109,8 +103,6 @@ def sessiond_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention call. query [1, H, N, D]; returns [1, N, H, D]. Rows outside every span are zero."""
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if packed.gives_way is not None and packed.gives_way():
-        raise InterruptedStepError
     out = attend(query[0], packed, layer, scaling, sliding_window)
     for span in packed.spans:
         span.cache.release(layer)

@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1, le=1024)
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description="Weights and KV; auto: as stored.")
     weights: WeightsKind = Field("bf16", description="Matrices: as loaded, or quantized in blocks.")
+    batch_invariant: bool = Field(False, description="A decode step gives every session the same bits as alone.")
     cell_tokens: int = Field(128, description="Unit of canonical computation; fixed when a data directory is made.")
     seal: bool = Field(True, description="Recompute provisional KV canonically while idle.")
 
@@ -61,7 +62,7 @@ class Settings(BaseSettings):
     idle_seconds: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="An idle session leaves memory after this."
     )
-    max_queued_turns: int = Field(256, ge=1)
+    max_queued_turns: int = Field(256, ge=1, description="Turns that run or wait; more are refused.")
 
     archive_idle_seconds: float = Field(
         60.0, gt=0, allow_inf_nan=False, description="An export nobody reads, an import that stands still: ended."

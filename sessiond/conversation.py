@@ -15,19 +15,19 @@ from sessiond.branch import read_branch
 from sessiond.desk import Desk
 from sessiond.errors import (
     BadRequest,
-    QueueFull,
     RequestIdReused,
     SessiondError,
     SessionNotFound,
 )
 from sessiond.live import Live
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import replay
 from sessiond.sessions import Sessions, refuse_busy
-from sessiond.storage.records import RequestRecord
+from sessiond.stepevents import replay
+from sessiond.storage.records import RequestRecord, SessionRecord
 from sessiond.turn import Turn
 from sessiond.turnevents import Accepted, Finished, Tokens, TurnEvent
 from sessiond.turnlog import discard_turn
+from sessiond.turnplaces import Place
 
 log = structlog.get_logger()
 
@@ -45,69 +45,94 @@ class Conversations:
         admission.check(self.desk, request)
         record = self.sessions.record(tenant, request.session_id, deleted_too=True)
         live = self.desk.live(tenant, request.session_id)
-        while True:
-            row = self.desk.store.log.request(tenant, request.session_id, request.request_id)
-            if row and row.digest != request.digest:
-                raise RequestIdReused(
-                    f"request_id {request.request_id} belongs to a different request",
-                    request_id=request.request_id,
-                )
-            if live.turn and live.turn.plan.request.request_id == request.request_id:
-                if live.turn.suspending:
-                    await live.turn.done()
-                    continue
-                turn, attachment = live.turn, "joined"
-                break
-            if row and row.state in ("finished", "aborted", "failed"):
-                async for event in self._replay(row, request.resume_after):
-                    yield event
-                return
-            self.sessions.refuse_draining()
-            self.sessions.refuse_foreign(record)
-            if row is None:
-                self.desk.store.require_space()
-            if live.turn:
-                if not request.wait:
-                    refuse_busy(live)
-                await live.turn.done()
-                continue
-            if live.lease.locked():  # warming, suspending, or a turn about to start: look again in a moment
-                await asyncio.sleep(0.001)
-                continue
-            if len(self.desk.turns) >= self.desk.settings.max_queued_turns:
-                raise QueueFull(f"{len(self.desk.turns)} turns are waiting", retry_after=1.0)
-            starting = asyncio.create_task(self._begin(tenant, live, request, row))
-            try:
-                begun = await asyncio.shield(starting)
-            except asyncio.CancelledError:
-                starting.add_done_callback(_left)
-                raise
-            if begun is None:
-                continue
-            turn, attachment = begun, begun.plan.attachment
-            break
+        found = await self._turn_of(live, record, request)
+        if isinstance(found, RequestRecord):
+            async for event in self._replay(found, request.resume_after):
+                yield event
+            return
+        turn, attachment = found
         async for event in turn.stream.events(request.resume_after, attachment):
             yield event
 
-    async def _begin(self, tenant: str, live: Live, request: TurnRequest, row: RequestRecord | None) -> Turn | None:
-        """Take the lease and launch the turn, which then owns it. None: the same request began or ended meanwhile."""
-        await live.lease.acquire()
+    async def _turn_of(
+        self, live: Live, record: SessionRecord, request: TurnRequest
+    ) -> tuple[Turn, str] | RequestRecord:
+        """The turn to listen to, and how it was come by; or what the log has of one that has ended.
+
+        A turn that waits for another holds a place of its own. Raises QueueFull where there is none.
+        """
+        place: Place | None = None
         try:
-            turn = None
-            if self.desk.store.log.request(tenant, request.session_id, request.request_id) == row:
-                turn = await self._start(tenant, live, request, row)
-        except BaseException:
-            if live.cache:
-                self.desk.settle(live)  # what was going on behind the last turn goes on
-            live.lease.release()
-            raise
-        if turn is None:
-            live.lease.release()
+            while True:
+                row = self.desk.store.log.request(live.tenant, request.session_id, request.request_id)
+                if row and row.digest != request.digest:
+                    raise RequestIdReused(
+                        f"request_id {request.request_id} belongs to a different request",
+                        request_id=request.request_id,
+                    )
+                if live.turn and live.turn.plan.request.request_id == request.request_id:
+                    if not live.turn.suspending:
+                        return live.turn, "joined"
+                    await live.turn.done()
+                    continue
+                if row and row.state in ("finished", "aborted", "failed"):
+                    return row
+                self._refuse(live, record, request, row)
+                place = place or self.desk.places.take(request.priority)
+                if live.turn:
+                    await live.turn.done()
+                    continue
+                if live.lease.locked():  # warming, suspending, or a turn about to start: look again in a moment
+                    await asyncio.sleep(0.001)
+                    continue
+                starting = asyncio.create_task(self._begin(live, request, row, place))
+                place = None
+                try:
+                    begun = await asyncio.shield(starting)
+                except asyncio.CancelledError:
+                    starting.add_done_callback(_left)
+                    raise
+                if begun is not None:
+                    return begun, begun.plan.attachment
+        finally:
+            if place is not None:
+                self.desk.places.give_back(place, ran=False)
+
+    def _refuse(self, live: Live, record: SessionRecord, request: TurnRequest, row: RequestRecord | None) -> None:
+        """Refuse a turn that cannot begin now, nor wait for another."""
+        self.sessions.refuse_draining()
+        self.sessions.refuse_foreign(record)
+        if row is None:
+            self.desk.store.require_space()
+        if not request.wait:
+            refuse_busy(live)
+
+    async def _begin(self, live: Live, request: TurnRequest, row: RequestRecord | None, place: Place) -> Turn | None:
+        """Take the lease and launch the turn, which then owns it, and its place.
+
+        None: the same request began or ended meanwhile.
+        """
+        turn = None
+        try:
+            await live.lease.acquire()
+            try:
+                if self.desk.store.log.request(live.tenant, request.session_id, request.request_id) == row:
+                    turn = await self._start(live, request, row, place)
+            except BaseException:
+                if live.cache:
+                    self.desk.settle(live)  # what was going on behind the last turn goes on
+                raise
+            finally:
+                if turn is None:
+                    live.lease.release()
+        finally:
+            if turn is None:
+                self.desk.places.give_back(place, ran=False)
         return turn
 
-    async def _start(self, tenant: str, live: Live, request: TurnRequest, row: RequestRecord | None) -> Turn:
+    async def _start(self, live: Live, request: TurnRequest, row: RequestRecord | None, place: Place) -> Turn:
         await self.desk.unsettle(live)
-        record = self.sessions.record(tenant, request.session_id)
+        tenant, record = live.tenant, self.sessions.record(live.tenant, request.session_id)
         open_id = record.extra.get("open_request")
         if open_id and open_id != request.request_id:
             other = self.desk.store.log.request(tenant, request.session_id, open_id)
@@ -117,21 +142,22 @@ class Conversations:
                 record = await discard_turn(self.desk, live, other)
         live.load_history(self.desk.store.log, record.head_revision)
         if row:
-            plan = admission.resume_turn(self.desk, record, row)
+            plan = admission.resume_turn(self.desk, record, row, request.priority)
         else:
             plan = admission.plan_turn(self.desk, live, record, request)
         turn = Turn(self.desk, live, plan)
         live.turn = turn
-        task = asyncio.create_task(self._run(live, turn))
+        task = asyncio.create_task(self._run(live, turn, place))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return turn
 
-    async def _run(self, live: Live, turn: Turn) -> None:
+    async def _run(self, live: Live, turn: Turn, place: Place) -> None:
         try:
             await turn.run()
         finally:
             live.turn = None
+            self.desk.places.give_back(place, ran=True)
             live.give_room_back()
             live.last_used = time.monotonic()
             self.desk.settle(live)

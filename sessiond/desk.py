@@ -21,15 +21,16 @@ from sessiond.engine import Engine
 from sessiond.errors import DiskFull, MemoryBudget, SessiondError, TurnSuspended
 from sessiond.explanations import Explanations
 from sessiond.handover import Handover
+from sessiond.idlework import ScoreWork, SealWork
 from sessiond.lifecycle import Event as Change
 from sessiond.live import Live
 from sessiond.policies import registry
 from sessiond.policies.base import Policy, Situation
 from sessiond.restoring import Restoration
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import CellSealed, Ended, Event, Scored, ScoreWork, SealWork, TokenOut
 from sessiond.scrub import Scrub
 from sessiond.sharing import relative, sealed_donor, take_over
+from sessiond.stepevents import CellSealed, Ended, Event, Scored, TokenOut
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.catalog import SessionRow
 from sessiond.storage.records import RequestRecord, SessionRecord
@@ -37,6 +38,7 @@ from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate
 from sessiond.textstream import Detokenizer, TextStream
 from sessiond.tiers import Tiers
+from sessiond.turnplaces import TurnPlaces
 from sessiond.types import Tier
 from sessiond.zipping import Scoring, instruction_for
 
@@ -81,6 +83,7 @@ class Desk:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.restored_tokens = 0
         self.reused_tokens = 0
+        self.places = TurnPlaces(settings.max_queued_turns)
         self.aside_bytes = 0  # of memory that no session holds: an audit's
         self.scrub = Scrub(store)
         self.explanations = Explanations()
@@ -287,7 +290,7 @@ class Desk:
         if self.hot_bytes + needed > budget:
             raise MemoryBudget(
                 f"{needed} bytes of KV do not fit: {self.hot_bytes} of {budget} are in use by running turns",
-                retry_after=1.0,
+                retry_after=self.places.until_free(),
                 needed_bytes=needed,
                 used_bytes=self.hot_bytes,
                 budget_bytes=budget,

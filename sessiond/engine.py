@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
 
+from sessiond.idlework import ScoreWork, SealWork
 from sessiond.model import Model
-from sessiond.scheduler import Counters, Event, Scheduler, ScoreWork, SealWork, TurnWork
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Counters, Event
+from sessiond.turnwork import TurnWork
 
 T = TypeVar("T")
 
@@ -23,12 +27,21 @@ class Engine:
     to the loop and to the log's writer.
     """
 
-    def __init__(self, model: Model, cell_tokens: int, threads: int, deliver: Callable[[list[Event]], None]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cell_tokens: int,
+        threads: int,
+        deliver: Callable[[list[Event]], None],
+        *,
+        batch_invariant: bool = False,
+    ) -> None:
         self.model = model
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._urgent = 0  # of what waits in the inbox: a turn, or who stands between a turn and its start
         self._count = threading.Lock()
-        self._scheduler = Scheduler(model, cell_tokens, gives_way=lambda: self._urgent > 0)
+        most_rows = model.invariant_rows if batch_invariant else None
+        self._scheduler = Scheduler(model, cell_tokens, gives_way=lambda: self._urgent > 0, most_rows=most_rows)
         self._threads = threads
         self._deliver = deliver
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -106,4 +119,6 @@ class Engine:
                 if command is None:
                     return
                 command()
+            began = time.perf_counter()
             self._emit(self._scheduler.step())
+            self.counters.step_seconds += time.perf_counter() - began

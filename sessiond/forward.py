@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sessiond.attention import InterruptedStepError, PackedStep, attend
+from sessiond.attention import PackedStep, attend
 from sessiond.cache import PackedCache
 from sessiond.fused import Fused
 from sessiond.kernels.decoder import SessionRows
@@ -98,11 +98,3 @@ class ModuleStep(ForwardStep):
         )
         logits: Tensor = output.logits[0]
         return logits.float()
-
-
-def run_through(step: ForwardStep, gives_way: Callable[[], bool] | None) -> Tensor:
-    """All of a step. Raises InterruptedStepError as soon as `gives_way` says so."""
-    logits = step.advance(gives_way)
-    if logits is None:
-        raise InterruptedStepError
-    return logits

@@ -147,7 +147,8 @@ def _matrix(linears: Sequence[nn.Module], join: Callable[[Any], Tensor | BlockWe
 
 
 def _weight(linear: Any) -> Tensor | BlockWeights:
-    weight: Tensor | BlockWeights = linear.weights if isinstance(linear, BlockLinear) else linear.weight
+    weight: Tensor | BlockWeights | None = linear.weights if isinstance(linear, BlockLinear) else linear.weight
+    assert weight is not None
     return weight
 
 

@@ -33,6 +33,10 @@ class DeskCollector(Collector):
             tokens.add_metric([work], count)
         yield tokens
         yield CounterMetricFamily("sessiond_engine_steps", "Steps of the engine", value=counters.steps)
+        seconds = CounterMetricFamily("sessiond_engine_seconds", "Time of the engine's steps", labels=["part"])
+        seconds.add_metric(["step"], counters.step_seconds)
+        seconds.add_metric(["forward"], counters.forward_seconds)
+        yield seconds
         yield GaugeMetricFamily("sessiond_turns_running", "Turns in progress", value=len(desk.turns))
         yield GaugeMetricFamily("sessiond_sessions_hot", "Sessions whose KV is in memory", value=desk.hot_sessions)
         yield GaugeMetricFamily("sessiond_kv_memory_bytes", "KV in memory", value=desk.hot_bytes)

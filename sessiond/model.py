@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from sessiond import attention
 from sessiond.cache import PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
-from sessiond.forward import ForwardStep, FusedStep, ModuleStep, run_through
+from sessiond.forward import ForwardStep, FusedStep, ModuleStep
 from sessiond.fused import fuse, let_go
 from sessiond.kernels.attention import Scratch, native_attention_supported
 from sessiond.kernels.native_library import ISA, LEVELS
@@ -118,6 +118,14 @@ class Model:
         return ["sliding_attention" if window else "full_attention"] * self.shape.n_layers
 
     @property
+    def invariant_rows(self) -> int | None:
+        """So many sessions at most may decode in one step and each get the same bits as alone; None: any number.
+
+        The compiled layers compute a row in the same order whatever stands beside it, torch does not.
+        """
+        return 1 if self._fused is None else None
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids of the model's generation config."""
         ids = self.module.generation_config.eos_token_id if self.module.generation_config else None
@@ -183,9 +191,7 @@ class Model:
         for n_tokens in (cell_tokens, 16, 1):
             self.step([Feed(cache, [0] * n_tokens, 0)], [n_tokens - 1])
 
-    def begin(
-        self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
-    ) -> ForwardStep:
+    def begin(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> ForwardStep:
         """`step` in pieces: nothing is computed before the first `advance`."""
         ids: list[int] = []
         spans: list[PackedSpan] = []
@@ -196,21 +202,19 @@ class Model:
             span.capture = feed.capture
             spans.append(span)
             ids.extend(feed.ids)
-        packed = attention.PackedStep(spans, self._scratch, self._rope, gives_way)
+        packed = attention.PackedStep(spans, self._scratch, self._rope)
         if self._fused is not None:
             return FusedStep(self._fused, packed, ids, logit_rows)
         return ModuleStep(self.module, self.shape.n_layers, packed, ids, logit_rows)
 
-    @torch.inference_mode()
-    def step(
-        self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
-    ) -> Tensor:
+    def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
         """Compute all feeds in one packed forward and write their KV into their caches (whose `length` stays).
 
-        Returns logits [len(logit_rows), V] in fp32 of the given rows of the packed sequence. Raises
-        InterruptedStepError as soon as `gives_way` says so.
+        Returns logits [len(logit_rows), V] in fp32 of the given rows of the packed sequence.
         """
-        return run_through(self.begin(feeds, logit_rows, gives_way), gives_way)
+        logits = self.begin(feeds, logit_rows).advance()
+        assert logits is not None
+        return logits
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -179,33 +179,44 @@ def support(logits: Floats, params: SamplingParams) -> tuple[Ints | None, NDArra
         ids = np.flatnonzero(logits >= np.partition(logits, rank)[rank])
         logits = logits[ids]
     with np.errstate(over="ignore", under="ignore"):
-        scaled = (logits - logits.max()) / np.float32(max(params.temperature, 1e-30))
-        weights = np.exp(scaled).astype(np.float64)
-    kept: NDArray[np.bool_] | None = None
+        scaled = logits - logits.max()
+        scaled /= np.float32(max(params.temperature, 1e-30))
+        likely = np.exp(scaled, out=scaled)
+    where: Ints | None = None
     if params.top_p < 1.0:
-        kept = _nucleus(weights, params.top_p)
+        where = _nucleus(likely, params.top_p)
     if params.min_p > 0.0:
-        likely = weights >= params.min_p
-        kept = likely if kept is None else kept & likely
-    if kept is None:
-        return ids, weights
-    where = np.flatnonzero(kept)
-    return (where if ids is None else ids[where]), weights[where]
+        enough = np.flatnonzero(likely >= _at_least(params.min_p))
+        where = enough if where is None else np.intersect1d(where, enough, assume_unique=True)
+    if where is None:
+        return ids, likely.astype(np.float64)
+    return (where if ids is None else ids[where]), likely[where].astype(np.float64)
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.bool_]:
-    """The smallest set of likeliest tokens with at least `top_p` of the mass (Holtzman et al., arXiv 1904.09751)."""
-    mass = float(weights.sum())
+def _at_least(bound: float) -> np.float32:
+    """The least float32 that is not below `bound`: comparing with it is comparing with `bound`, in half the memory."""
+    rounded = np.float32(bound)
+    return rounded if float(rounded) >= bound else np.nextafter(rounded, np.float32(np.inf))
+
+
+def _nucleus(weights: Floats, top_p: float) -> Ints:
+    """The smallest set of likeliest tokens with at least `top_p` of the mass (Holtzman et al., arXiv 1904.09751).
+
+    Returns their ids, ascending. Sums in float64.
+    """
+    mass = float(weights.astype(np.float64).sum())
     # All tokens below this floor together hold less than (1 - top_p) of the mass, so none of them belongs to the
     # set: only the others, usually a few hundred, need sorting.
-    floor = (1.0 - top_p) * mass / len(weights)
-    ordered = np.sort(weights[weights >= floor])[::-1]
+    ids = np.flatnonzero(weights >= _at_least((1.0 - top_p) * mass / len(weights)))
+    few = weights[ids].astype(np.float64)
+    ordered = np.sort(few)[::-1]
     n_kept = min(int(np.searchsorted(np.cumsum(ordered), top_p * mass)) + 1, len(ordered))
     least = ordered[n_kept - 1]
-    kept: NDArray[np.bool_] = weights > least
+    kept = few > least
     n_ties = n_kept - int(np.count_nonzero(kept))
-    kept[np.flatnonzero(weights == least)[:n_ties]] = True
-    return kept
+    kept[np.flatnonzero(few == least)[:n_ties]] = True
+    nucleus: Ints = ids[kept]
+    return nucleus
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:

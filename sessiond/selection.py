@@ -15,6 +15,7 @@ import structlog
 import torch
 from torch import Tensor
 
+from sessiond.kernels.chosen_positions import has_none
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import LayerView, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
@@ -147,12 +148,11 @@ class Selection:
 
         Returns whether there are -1 in it.
         """
-        at, n_groups, least = chosen.positions, keys.shape[0], 0
+        at, n_groups = chosen.positions, keys.shape[0]
         if at.ndim != 2 or at.shape[0] != n_groups or at.is_floating_point():
             raise ValueError(f"positions of shape {tuple(at.shape)} and type {at.dtype}")
-        if at.numel() and not -1 <= (least := int(at.min())) <= int(at.max()) < self.turn_start:
-            raise ValueError(f"positions outside [0, {self.turn_start})")
+        padded = has_none(at, self.turn_start)
         for form in (chosen.keys, chosen.values):
             if form is not None and (form.shape != (*at.shape, keys.shape[2]) or form.dtype != keys.dtype):
                 raise ValueError(f"{chosen.form} of shape {tuple(form.shape)} and type {form.dtype}")
-        return least < 0
+        return padded

@@ -32,9 +32,9 @@ from sessiond.foreignsessions import foreign_sessions
 from sessiond.keeper import Keeper
 from sessiond.metrics import serve_metrics
 from sessiond.model import Model, load_tokenizer
-from sessiond.scheduler import Event
 from sessiond.service import SessionsService
 from sessiond.sessions import Sessions
+from sessiond.stepevents import Event
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate
@@ -192,7 +192,13 @@ class Daemon:
             log.warning("sessions of another model", sessions=count, differing=fields, identity=other)
 
         posts: list[Callable[[list[Event]], None]] = []
-        engine = Engine(model, store.cell_tokens, settings.threads, lambda events: posts[0](events))
+        engine = Engine(
+            model,
+            store.cell_tokens,
+            settings.threads,
+            lambda events: posts[0](events),
+            batch_invariant=settings.batch_invariant,
+        )
         tiers = Tiers(store, model.shape, model.max_context, identity_id, profile_id)
         self.desk = Desk(settings, store, engine, tiers, tokenizer, ChatTemplate(tokenizer, model.eos_ids), identity_id)
         posts.append(self.desk.post)

@@ -25,12 +25,13 @@ from sessiond.reading import Reading, exact_tier
 from sessiond.readsummary import attention_mass
 from sessiond.restoring import Recompute, Restoration
 from sessiond.sampling import Sampler
-from sessiond.scheduler import Ended, TokenOut, TurnWork
+from sessiond.stepevents import Ended, TokenOut
 from sessiond.storage.batch import LogBatch
 from sessiond.turnevents import NOTHING, Accepted, Finished, Tokens
 from sessiond.turnlog import commit_turn, discard_turn, open_turn, suspend_turn
 from sessiond.turnplan import TurnPlan
 from sessiond.turnstream import TurnStream
+from sessiond.turnwork import TurnWork
 from sessiond.types import FinishReason
 
 log = structlog.get_logger()
@@ -175,6 +176,8 @@ class Turn:
             policy=plan.policy,
             turn_start=len(live.ids),
             reading=self.reading,
+            tenant=plan.record.tenant,
+            priority=plan.priority,
         )
         for token in work.replayed:
             self.stream.tokens.append(Tokens.of(token))

@@ -7,7 +7,7 @@ from typing import Any
 
 from sessiond.restoring import Restoration
 from sessiond.sampling import Sampled
-from sessiond.scheduler import TokenOut
+from sessiond.stepevents import TokenOut
 from sessiond.types import FinishReason
 
 

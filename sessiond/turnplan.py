@@ -26,6 +26,7 @@ class TurnPlan:
     logged: tuple[int, ...] = ()
     attachment: str = "started"
     abort_on_disconnect: bool = False
+    priority: int = 0
 
     @property
     def policy(self) -> Policy:

@@ -37,7 +37,7 @@ MODES = {
 
 
 # Fields of a request that do not change what it does: two requests that differ only here are the same request.
-_NOT_DIGESTED = ("request_id", "resume_after_tokens", "wait", "supersede", "abort_on_disconnect")
+_NOT_DIGESTED = ("request_id", "resume_after_tokens", "wait", "supersede", "abort_on_disconnect", "priority")
 
 
 def digest(request: ProtoMessage) -> str:
@@ -240,6 +240,7 @@ def turn_request(request: pb.GenerateRequest) -> TurnRequest:
         wait=request.wait,
         supersede=request.supersede,
         abort_on_disconnect=request.abort_on_disconnect,
+        priority=request.priority,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from sessiond.cache import SessionCache
 from sessiond.errors import BadMessage
+from sessiond.forward import ForwardStep
 from sessiond.model import Feed, Model
 from sessiond.policies.prior import Prior, all_kept
 from sessiond.policies.probing import CHUNK, Capture, Instruction, plan_probes
@@ -44,7 +45,7 @@ class Scoring:
         chunk: int = CHUNK,
     ) -> None:
         assert cache.length <= len(ids)
-        self._cache = cache
+        self.cache = cache
         self._piece = piece
         self._kept = max(SINKS, min(n_system, MOST_SYSTEM))
         first = cache.prior.n if cache.prior else self._kept
@@ -60,26 +61,29 @@ class Scoring:
     @property
     def reach(self) -> int:
         """Where the longest probe ends; the history's own end if there is none."""
-        return max((one.position + len(one.token_ids) for one in self._probes), default=self._cache.length)
+        return max((one.position + len(one.token_ids) for one in self._probes), default=self.cache.length)
 
-    def run_piece(self, model: Model, gives_way: Callable[[], bool] | None = None) -> int:
-        """Run the next piece; with a probe's last one its chunk is scored. Returns the number of tokens computed.
-
-        Raises InterruptedStepError where it gives way: the piece runs again next time.
-        """
-        probe, cache = self._probes[0], self._cache
+    def begin_piece(self, model: Model) -> ForwardStep:
+        """The forward of the next piece; there must be one. `finish_piece` is called when it is over."""
+        probe, cache = self._probes[0], self.cache
         if self._capture is None:
             self._clean()
             self._capture = Capture(probe, self._kept, cache.shape.n_layers, cache.shape.n_kv_heads)
         piece = probe.token_ids[self._done : self._done + self._piece]
-        model.step([Feed(cache, piece, probe.position + self._done, capture=self._capture)], [], gives_way)
-        self._done += len(piece)
+        return model.begin([Feed(cache, piece, probe.position + self._done, capture=self._capture)], [])
+
+    def finish_piece(self) -> int:
+        """With a probe's last piece its chunk is scored. Returns the number of tokens computed."""
+        probe, cache = self._probes[0], self.cache
+        assert self._capture is not None
+        n_tokens = min(self._piece, len(probe.token_ids) - self._done)
+        self._done += n_tokens
         if self._done == len(probe.token_ids):
             before = cache.prior or all_kept(cache.shape.n_layers, cache.shape.n_kv_heads, self._kept)
             cache.prior = before.followed_by(self._capture.scores)
             self._probes.popleft()
             self.abandon()
-        return len(piece)
+        return n_tokens
 
     def abandon(self) -> None:
         """Leave nothing of a probe that has run in part."""
@@ -88,8 +92,8 @@ class Scoring:
         self._capture, self._done = None, 0
 
     def _clean(self) -> None:
-        self._cache.truncate(self._cache.length, self._piece)
-        self._cache.trim()
+        self.cache.truncate(self.cache.length, self._piece)
+        self.cache.trim()
 
 
 def score(
@@ -106,7 +110,8 @@ def score(
     room = min(cache.capacity, model.max_context) - cache.length
     scoring = Scoring(cache, ids, instruction, n_system=n_system, room=room, piece=piece, chunk=chunk)
     while not scoring.is_over:
-        scoring.run_piece(model)
+        scoring.begin_piece(model).advance(lambda: False)
+        scoring.finish_piece()
     return cache.prior
 
 

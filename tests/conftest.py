@@ -11,6 +11,14 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def pytest_configure() -> None:
+    """Before Triton is loaded: without a GPU its kernels run in its interpreter."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The default model's converted directory; SESSIOND_TEST_MODEL_DIR points at another copy."""

@@ -20,11 +20,15 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from sessiond.cache import SessionCache
+from sessiond.forward import ForwardStep
+from sessiond.idlework import SealWork
 from sessiond.model import Feed, Model
 from sessiond.sampling import Sampled, Sampler, SamplingParams
-from sessiond.scheduler import Ended, Event, Scheduler, SealWork, TokenOut, TurnWork
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Ended, Event, TokenOut
 from sessiond.storage.kv import kv_digest
 from sessiond.textstream import Detokenizer, TextStream
+from sessiond.turnwork import TurnWork
 from sessiond.types import Span
 
 CELL = 128
@@ -322,15 +326,15 @@ def ended(events: Sequence[Event]) -> dict[str, Ended]:
 
 
 class StepSpy:
-    """Stands before `model.step`: records each step's feeds and, if told, raises for the feeds of some caches."""
+    """Stands before `model.begin`: records each step's feeds and, if told, raises for the feeds of some caches."""
 
     def __init__(self, model: Model) -> None:
-        self._step = model.step
+        self._begin = model.begin
         self.steps: list[list[Feed]] = []
         self.broken: list[SessionCache] = []
 
-    def __call__(self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Any = None) -> Tensor:
+    def __call__(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> ForwardStep:
         self.steps.append(list(feeds))
         if any(feed.cache is cache for feed in feeds for cache in self.broken):
             raise RuntimeError("the step broke")
-        return self._step(feeds, logit_rows, gives_way)
+        return self._begin(feeds, logit_rows)

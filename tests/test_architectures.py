@@ -91,7 +91,7 @@ def test_a_long_conversation(pair):
 
 def test_sessions_decoding_together(pair, monkeypatch):
     spy = StepSpy(pair.ours)
-    monkeypatch.setattr(pair.ours, "step", spy)
+    monkeypatch.setattr(pair.ours, "begin", spy)
     sessions = [Session(pair.ours, f"s{i}") for i in range(3)]
     prompts = [random_ids(length, seed=length) for length in (5, 129, 300)]
     scheduler = Scheduler(pair.ours, CELL)

@@ -45,7 +45,7 @@ LAYERS: list[list[str]] = [
     ["turnevents"],
     ["audit"],
     ["desk"],
-    ["scrub"],
+    ["scrub", "turnplaces"],
     ["sharing"],
     ["live"],
     ["lifecycle", "handover"],
@@ -53,7 +53,9 @@ LAYERS: list[list[str]] = [
     ["explanations"],
     ["engine"],
     ["scheduler"],
-    ["zipping"],
+    ["idlework", "line"],
+    ["zipping", "turnwork"],
+    ["stepevents"],
     ["foreignkv"],
     ["segments"],
     ["history"],
@@ -117,6 +119,7 @@ RESTRICTED: dict[str, list[str]] = {
     "typer": ["cli", "cli_*"],
     "rich": ["cli", "cli_*"],
     "huggingface_hub": ["modelfetch"],
+    "triton": ["kernels.triton_*"],
 }  # fmt: skip
 
 CLIENT_LIBRARIES = {"grpc", "google", "grpc_status"}

@@ -21,9 +21,10 @@ from sessiond.policies.window import Window
 from sessiond.reading import Reading
 from sessiond.readsummary import read_share, summarize
 from sessiond.sampling import Sampler
-from sessiond.scheduler import Scheduler, TurnWork
+from sessiond.scheduler import Scheduler
 from sessiond.selection import Selection
 from sessiond.textstream import TextStream
+from sessiond.turnwork import TurnWork
 from sessiond.types import KVShape, Tier
 
 N_HISTORY, N_PROMPT, N_NEW = 301, 30, 20  # so many that two tokens are looked at closer

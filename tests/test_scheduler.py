@@ -24,8 +24,10 @@ from hypothesis import strategies as st
 
 from sessiond.model import Model
 from sessiond.sampling import SamplingParams
-from sessiond.scheduler import CellSealed, Ended, Piece, Scheduler, TokenOut, plan_prefill
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import CellSealed, Ended, TokenOut
 from sessiond.textstream import TextStream
+from sessiond.turnwork import Piece, plan_prefill
 from sessiond.types import FinishReason
 
 
@@ -43,7 +45,7 @@ def model() -> Model:
 @pytest.fixture
 def spy(model, monkeypatch) -> StepSpy:
     spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
+    monkeypatch.setattr(model, "begin", spy)
     return spy
 
 

@@ -7,10 +7,12 @@ import torch
 from engine_harness import CELL, Session, StepSpy, drain, make_pair, random_ids, step_until
 
 from sessiond.cache import SessionCache
+from sessiond.idlework import ScoreWork
 from sessiond.policies.prior import ALWAYS, Prior
 from sessiond.policies.probing import Instruction, plan_probes
 from sessiond.policies.registry import parse
-from sessiond.scheduler import Ended, Scheduler, Scored, ScoreWork
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Ended, Scored
 from sessiond.zipping import SINKS, Scoring, score
 
 ASK = Instruction(random_ids(7, 91), random_ids(5, 92), random_ids(3, 93))
@@ -159,7 +161,7 @@ def test_selection_and_prior_of_a_turn_are_not_disturbed():
 def test_turns_wait_for_one_piece_at_most_and_sealing_goes_first(monkeypatch):
     model = make_pair("llama").ours
     spy = StepSpy(model)
-    monkeypatch.setattr(model, "step", spy)
+    monkeypatch.setattr(model, "begin", spy)
     done, other, turn = filled(model, 300, "done"), Session(model, "other", random_ids(128, 2)), Session(model, "turn")
     scheduler = Scheduler(model, CELL)
     scheduler.scoring.append(work_of(done))
@@ -182,7 +184,7 @@ def test_turns_wait_for_one_piece_at_most_and_sealing_goes_first(monkeypatch):
 def test_a_step_that_breaks_ends_the_scoring_and_leaves_memory_clean(monkeypatch):
     session = filled(make_pair("llama").ours, 300)
     scheduler, before, spy = Scheduler(session.model, CELL), state(session.cache), StepSpy(session.model)
-    monkeypatch.setattr(session.model, "step", spy)
+    monkeypatch.setattr(session.model, "begin", spy)
     scheduler.scoring.append(work_of(session))
     scheduler.step()
     spy.broken.append(session.cache)
@@ -218,22 +220,3 @@ def test_a_head_that_keeps_all_of_history_does_not_make_the_others_keep_it():
     assert [int((row >= 0).sum()) for row in taken.positions] == [300, 0]
     cache.use(parse("kvzip", {"share": 1.0}), 300)
     assert cache.selection.choose(0, query, cache.keys[0], cache.values[0], 305, 1.0, decoding=True) is None
-
-
-def test_a_turn_interrupts_a_piece_between_two_layers_and_scores_stay_the_same():
-    model = make_pair("llama").ours
-    session, plain = filled(model, 330), filled(model, 330)
-    expected = scored(plain, 100).scores
-    calls = 0
-
-    def gives_way() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls % 5 == 0
-
-    scheduler = Scheduler(model, CELL, gives_way=gives_way)
-    scheduler.scoring.append(work_of(session, 100))
-    drain(scheduler)
-    assert calls > 10
-    assert torch.equal(session.cache.prior.scores, expected)
-    assert state(session.cache) == state(plain.cache)

@@ -693,7 +693,7 @@ Global___GetRevisionRequest: _TypeAlias = GetRevisionRequest  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
-    """One turn. `resume_after_tokens` and `wait` are no part of what makes two requests the same."""
+    """One turn. `resume_after_tokens`, `wait` and `priority` are no part of what makes two requests the same."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -711,6 +711,7 @@ class GenerateRequest(_message.Message):
     SUPERSEDE_FIELD_NUMBER: _builtins.int
     ABORT_ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     RETEMPLATE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The session."""
     request_id: _builtins.str
@@ -735,6 +736,10 @@ class GenerateRequest(_message.Message):
     retemplate: _builtins.bool
     """If the chat template rewrites history (`accepted.template_drift`), branch at the longest prefix it agrees with
     and render the rest again, rather than append to the history as it is.
+    """
+    priority: _builtins.int
+    """From -4 to 4; turns of a tenant with a higher one compute their prompts first. Lower ones go on all the same, more
+    slowly; other tenants' turns are not affected. Below 0 a turn is refused with QUEUE_FULL before the others are.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Message]:
@@ -769,10 +774,11 @@ class GenerateRequest(_message.Message):
         supersede: _builtins.bool = ...,
         abort_on_disconnect: _builtins.bool = ...,
         retemplate: _builtins.bool = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_on_disconnect", b"abort_on_disconnect", "base_revision_id", b"base_revision_id", "context_overflow", b"context_overflow", "messages", b"messages", "mode", b"mode", "policy", b"policy", "request_id", b"request_id", "resume_after_tokens", b"resume_after_tokens", "retemplate", b"retemplate", "sampling", b"sampling", "session_id", b"session_id", "supersede", b"supersede", "token_ids", b"token_ids", "wait", b"wait"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort_on_disconnect", b"abort_on_disconnect", "base_revision_id", b"base_revision_id", "context_overflow", b"context_overflow", "messages", b"messages", "mode", b"mode", "policy", b"policy", "priority", b"priority", "request_id", b"request_id", "resume_after_tokens", b"resume_after_tokens", "retemplate", b"retemplate", "sampling", b"sampling", "session_id", b"session_id", "supersede", b"supersede", "token_ids", b"token_ids", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -213,11 +213,59 @@ class TestTheQueue:
             turn = await peer.turn(two, "Tell me", max_tokens=3, request_id="turn-1")
             assert turn.accepted.attachment == pb.ATTACHMENT_STARTED
 
+    async def test_counts_those_that_wait_behind_a_turn(self, daemons, settings):
+        daemon = await daemons.start(max_queued_turns=2)
+        async with peer_of(daemon.port) as peer:
+            one = (await peer.create(system="Be brief.")).session_id
+            gate = Gate(daemon)
+            stream = peer.open(one, "Tell me", max_tokens=3)
+            await gate.reached()
+            waiting = peer.open(one, "And then?", max_tokens=3, wait=True)
+            while len(daemon.desk.places) < 2:  # noqa: ASYNC110 - the request is on its way
+                await asyncio.sleep(0.01)
+            with refused("QUEUE_FULL", StatusCode.RESOURCE_EXHAUSTED):
+                await peer.turn(one, "And then?", max_tokens=3, wait=True)
+            gate.open()
+            await stream.read()
+            await waiting.read()
+            assert not daemon.desk.places
+
+    async def test_many_at_once_do_not_pass_it_together(self, daemons, settings):
+        daemon = await daemons.start(max_queued_turns=2)
+        async with peer_of(daemon.port) as peer:
+            sessions = [(await peer.create(system="Be brief.")).session_id for _ in range(6)]
+            gate = Gate(daemon)
+            streams = [peer.open(session, "Tell me", max_tokens=3) for session in sessions]
+            await gate.reached()
+            gate.open()
+            turns = await asyncio.gather(*(stream.read() for stream in streams))
+            codes = [turn.error.reason if turn.error else "" for turn in turns]
+            assert sorted(codes) == ["", "", *["QUEUE_FULL"] * 4]
+            assert not daemon.desk.places
+
+    async def test_leaves_room_before_turns_of_low_priority(self, daemons, settings):
+        daemon = await daemons.start(max_queued_turns=4)
+        async with peer_of(daemon.port) as peer:
+            sessions = [(await peer.create(system="Be brief.")).session_id for _ in range(5)]
+            gate = Gate(daemon)
+            streams = [peer.open(session, "Tell me", max_tokens=3, priority=-1) for session in sessions[:3]]
+            await gate.reached()
+            while len(daemon.desk.places) < 3:  # noqa: ASYNC110 - the requests are on their way
+                await asyncio.sleep(0.01)
+            with refused("QUEUE_FULL", StatusCode.RESOURCE_EXHAUSTED):
+                await peer.turn(sessions[3], "Tell me", max_tokens=3, priority=-1)
+            last = peer.open(sessions[4], "Tell me", max_tokens=3)
+            gate.open()
+            for stream in (*streams, last):
+                await stream.read()
+
 
 class TestARefusal:
     async def test_uses_up_no_id(self, peer: Peer, daemon, session: str):
         with refused("BAD_SAMPLING", StatusCode.INVALID_ARGUMENT):
             await peer.turn(session, "Tell me", temperature=-1.0, request_id="turn-1")
+        with refused("BAD_REQUEST", StatusCode.INVALID_ARGUMENT):
+            await peer.turn(session, "Tell me", priority=5, request_id="turn-1")
         with refused("CONTEXT_TOO_LONG", StatusCode.INVALID_ARGUMENT):
             await peer.turn(session, "word " * 1000, request_id="turn-1")
         assert daemon.desk.store.log.requests("default", session) == []

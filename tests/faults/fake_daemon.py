@@ -28,8 +28,8 @@ from sessiond.importing import Imports
 from sessiond.keeper import Keeper
 from sessiond.model import load_tokenizer
 from sessiond.places import ArchivePlaces
-from sessiond.scheduler import Event
 from sessiond.sessions import Sessions
+from sessiond.stepevents import Event
 from sessiond.storage.batch import LogBatch
 from sessiond.storage.store import Store
 from sessiond.template import ChatTemplate

@@ -15,7 +15,6 @@ import torch
 from e2e_model import CONTEXT, LETTERS, STOP
 from torch import Tensor
 
-from sessiond.attention import InterruptedStepError
 from sessiond.cache import SessionCache
 from sessiond.model import Feed
 from sessiond.policies.base import ModelFacts
@@ -93,6 +92,7 @@ class FakeModel:
         self.facts = ModelFacts(SHAPE.n_layers, SHAPE.n_kv_heads, SHAPE.head_dim, tuple(range(SHAPE.n_layers)), CONTEXT)
         self.rope = self.sliding_window = None
         self.eos_ids = (STOP,)
+        self.invariant_rows = 1
         self._left: int | None = None  # tokens that may still be sampled; None: any number
         self._let = threading.Condition()
 
@@ -111,36 +111,59 @@ class FakeModel:
     def warm_up(self, cell_tokens: int) -> None:
         """Nothing is cold."""
 
-    def step(
-        self, feeds: Sequence[Feed], logit_rows: Sequence[int], gives_way: Callable[[], bool] | None = None
-    ) -> Tensor:
+    def step(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> Tensor:
         """As Model.step: KV of all feeds into their caches, logits [len(logit_rows), V]."""
-        if gives_way is not None and gives_way():
-            raise InterruptedStepError
-        with self._let:
-            self._let.wait_for(lambda: not logit_rows or self._left is None or self._left > 0)
-            if self._left is not None:
-                self._left -= len(logit_rows)
-        time.sleep(self.step_seconds)
-        said: list[int] = []
-        for feed in feeds:
-            said += self._feed(feed, {row - len(said) for row in logit_rows})
-        logits = torch.zeros(len(logit_rows), VOCAB)
-        for at, row in enumerate(logit_rows):
-            logits[at, said[row]] = 1.0
+        logits = self.begin(feeds, logit_rows).advance(lambda: False)
+        assert logits is not None
         return logits
 
-    def _feed(self, feed: Feed, wanted: set[int]) -> list[int]:
-        """Compute the feed's positions; for each the token that follows, where it is wanted."""
-        state, said = _state_before(feed.cache, feed.position), []
-        for at, token in enumerate(feed.ids):
-            state = _mixed(state ^ (token + 1))
-            position = feed.position + at
-            row = torch.from_numpy(np.array(_row(state), np.uint32).view(np.float32).reshape(2, 2, 1, 1, 4))
-            for layer in range(2):
-                feed.cache.write(layer, position, row[layer, 0], row[layer, 1])
-            said.append(_token(total_of(feed.cache, position + 1)) if at in wanted else -1)
-        return said
+    def begin(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> FakeStep:
+        """As Model.begin."""
+        return FakeStep(self, feeds, logit_rows)
+
+    def wait_for(self, n_tokens: int) -> None:
+        """Until so many tokens may be said, and for as long as a step takes."""
+        with self._let:
+            self._let.wait_for(lambda: not n_tokens or self._left is None or self._left > 0)
+            if self._left is not None:
+                self._left -= n_tokens
+        time.sleep(self.step_seconds)
+
+
+class FakeStep:
+    """As ForwardStep: rests between its two layers."""
+
+    def __init__(self, model: FakeModel, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> None:
+        self._model, self._feeds, self._logit_rows = model, feeds, logit_rows
+        self._rested = False
+        self._kv: list[Tensor] = []  # of each feed: [2, 2, 1, n, 4]
+
+    def advance(self, enough: Callable[[], bool]) -> Tensor | None:
+        if not self._rested:
+            self._kv = [_kv_of(feed) for feed in self._feeds]
+            self._write(0)
+            self._rested = True
+            if enough():
+                return None
+        self._model.wait_for(len(self._logit_rows))
+        self._write(1)
+        ends = [(feed.cache, feed.position + at + 1) for feed in self._feeds for at in range(len(feed.ids))]
+        logits = torch.zeros(len(self._logit_rows), VOCAB)
+        for at, row in enumerate(self._logit_rows):
+            logits[at, _token(total_of(*ends[row]))] = 1.0
+        return logits
+
+    def _write(self, layer: int) -> None:
+        for feed, kv in zip(self._feeds, self._kv, strict=True):
+            feed.cache.write(layer, feed.position, kv[layer, 0], kv[layer, 1])
+
+
+def _kv_of(feed: Feed) -> Tensor:
+    state, rows = _state_before(feed.cache, feed.position), []
+    for token in feed.ids:
+        state = _mixed(state ^ (token + 1))
+        rows.append(np.array(_row(state), np.uint32).view(np.float32).reshape(2, 2, 1, 1, 4))
+    return torch.from_numpy(np.concatenate(rows, 3))
 
 
 def _state_before(cache: SessionCache, position: int) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sessiond.cache import SessionCache
 from sessiond.cachememory import CacheMemory
-from sessiond.scheduler import TokenOut
+from sessiond.stepevents import TokenOut
 from sessiond.storage import envelope, kv
 from sessiond.storage.kv import KVRecord
 from sessiond.storage.log import LogStore

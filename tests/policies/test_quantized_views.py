@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sessiond.policies import quantized
 from sessiond.policies.base import LayerView, Taken
-from sessiond.policies.quantized import Codes
 from sessiond.policies.registry import parse
 
 G, SHARE = 2, 3
@@ -121,7 +121,7 @@ def test_a_step_quantizes_nothing_that_was(name: str, monkeypatch):
     selector = parse(name, {}).selector(0, 1)
     selector.prompt(view(302, 300))
     held, packed = selector.nbytes, []
-    monkeypatch.setattr(Codes, "_pack", lambda self, codes: packed.append(codes))
+    monkeypatch.setattr(quantized, "quantize", lambda rows, *rest: packed.append(rows))
     selector.step(view(303, 300))
     selector.step(view(304, 300))
     assert packed == []

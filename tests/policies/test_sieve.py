@@ -9,8 +9,8 @@ import torch
 
 from sessiond.errors import InvalidConfig
 from sessiond.policies.base import LayerView
+from sessiond.policies.keyindex import QuantizedKeys
 from sessiond.policies.prior import Prior
-from sessiond.policies.quantized import QuantizedKeys
 from sessiond.policies.registry import parse
 
 G, SHARE, D = 2, 3, 16
