@@ -55,10 +55,9 @@ class Peer:
         return [self._generate(ids, DynamicCache(config=self._model.config), 1)]
 
     def hold(self, prompts: dict[str, list[int]]) -> list[Found]:
-        """One prompt is computed now; several by the first batch, which computes what it finds uncached."""
+        """Compute prompts, by what will decode them: `generate` a single one, `generate_batch` several."""
         self._prompts |= {int(number): ids for number, ids in prompts.items()}
-        if len(prompts) > 1:
-            self.decode(list(self._prompts), 2)
+        self.decode([int(number) for number in prompts], 2)
         return []
 
     def decode(self, numbers: list[int], n_tokens: int) -> list[Found]:
