@@ -1,4 +1,4 @@
-"""What `make bench-kernels` measures: a kernel on one shape, beside its reference, with what it must read and compute."""
+"""A kernel on one shape, beside its reference, with what it must read and compute: `make bench-kernels` measures it."""
 
 from __future__ import annotations
 
