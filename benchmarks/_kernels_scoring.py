@@ -1,4 +1,4 @@
-"""Cases of the kernels that choose tokens: 8,192 tokens of SmolLM2's shape, by 30 layers so that no cache holds them."""
+"""Cases of the kernels that choose tokens: 8,192 tokens of SmolLM2's shape, in 30 layers so that no cache holds all."""
 
 from __future__ import annotations
 
