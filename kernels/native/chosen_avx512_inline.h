@@ -12,18 +12,19 @@
 
 enum { AT_ONCE = 8, AHEAD = 3 }; /* rows whose weights are held at a time; tiles that are fetched ahead */
 
-/* Rows of one block, and if they are codes the scale and zero of each group of channels and key. */
+/* Rows of one block as bytes, and if they are codes the scale and zero of each group of channels and key. */
 struct block {
-    const uint16_t *rows[BLOCK];
+    const uint8_t *rows[BLOCK];
     _Alignas(64) float scale[MAX_GROUPS][BLOCK], low[MAX_GROUPS][BLOCK];
-    _Alignas(64) uint16_t wide[BLOCK * MAX_DIM + 32];
 };
 
 struct room {
     struct block keys, values;
     _Alignas(64) float scores[ROWS * BLOCK];
     _Alignas(64) uint16_t query[ROWS * MAX_DIM], weights[AT_ONCE * BLOCK];
+    _Alignas(64) uint16_t wide[BLOCK * MAX_DIM]; /* values of codes */
     float query_sums[ROWS * MAX_GROUPS];
+    int64_t places[BLOCK]; /* -1: none */
     uint16_t hidden[BLOCK / TILE];
 };
 
@@ -49,9 +50,6 @@ INLINE AVX512 void turn16(const __m512i in[16], __m512i out[16]) {
     }
 }
 
-/* Pairs of bf16 in `n` words behind `d`, of 32 at most. */
-INLINE __mmask16 pairs_left(int64_t d, int64_t n) { return n - d >= 32 ? 0xFFFF : (__mmask16)((1 << (n - d) / 2) - 1); }
-
 INLINE AVX512 __m512bh pair_everywhere(const uint16_t *pair) {
     uint32_t both;
     memcpy(&both, pair, sizeof both);
@@ -76,76 +74,150 @@ INLINE AVX512 __m512 exp_of(__m512 x) {
     return _mm512_maskz_scalef_ps(alive, p, whole);
 }
 
-/* Codes of a row as bf16, less half of what codes reach. Writes up to 31 words more. */
-INLINE AVX512 void widen8(const uint8_t *codes, int64_t head_dim, uint16_t *out) {
-    for (int64_t d = 0; d < head_dim; d += 32) {
-        __m256i some = _mm256_maskz_loadu_epi8(head_dim - d >= 32 ? 0xFFFFFFFF : 0xFFFF, codes + d);
-        some = _mm256_xor_si256(some, _mm256_set1_epi8((char)0x80));
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(some)));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(some, 1)));
-        _mm512_storeu_si512(out + d, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
-}
-
-/* The same of 2 or 4 bits: the lower five bits of a word choose from a table that repeats itself. */
-INLINE AVX512 void widen_few(const uint8_t *codes, const int bits, int64_t head_dim, __m512i table, uint16_t *out) {
-    int64_t width = head_dim * bits / 8;
-    for (int64_t i = 0; i < width; i += 32) {
-        uint32_t there = width - i >= 32 ? 0xFFFFFFFF : (1u << (width - i)) - 1;
-        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(there, codes + i));
-        for (int part = 0; part < 8 / bits; part++) {
-            __m512i wide = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, (unsigned)(part * bits)), table);
-            _mm512_mask_storeu_epi16(out + part * width + i, there, wide);
-        }
-    }
-}
-
+/* Bits of a code choose its number from here, whatever else a word's lower five bits hold. */
 INLINE AVX512 __m512i code_table(int64_t bits) {
     uint16_t table[32];
     for (int i = 0; i < 32; i++) table[i] = to_bf16((float)((i & ((1 << bits) - 1)) - (1 << (bits - 1))));
     return _mm512_loadu_si512(table);
 }
 
-/* Scale and zero of 16 keys become rows of lanes; the zero moves with the codes. */
-INLINE AVX512 void spread_scales(const struct source *source, const int64_t places[TILE], struct block *block, int64_t at) {
-    const int64_t n = source->n_scales;
-    __m512i rows[16], turned[16];
-    for (int j = 0; j < TILE; j++)
-        rows[j] = places[j] < 0 ? _mm512_setzero_si512()
-                                : _mm512_maskz_loadu_epi32((__mmask16)((1 << n) - 1), source->scales + places[j] * 2 * n);
-    turn16(rows, turned);
-    __m512 words[2 * MAX_GROUPS], half = _mm512_set1_ps((float)(1 << (source->bits - 1)));
-    for (int64_t i = 0; i < n; i++) {
-        words[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(turned[i], 16));
-        words[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(turned[i], _mm512_set1_epi32((int)0xFFFF0000)));
-    }
-    for (int64_t p = 0; p < n; p++) {
-        _mm512_store_ps(block->scale[p] + at, words[p]);
-        _mm512_store_ps(block->low[p] + at, _mm512_fmadd_ps(words[p], half, words[n + p]));
+/* Where the keys [at, at + n) of a chunk stand, n whole tiles, and which of them do not exist. */
+INLINE AVX512 void find_places(const struct chunk *chunk, int64_t at, int64_t n, struct room *room) {
+    const __m512i none = _mm512_set1_epi64(-1), lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    uint8_t *hidden = (uint8_t *)room->hidden;
+    for (int64_t j = 0; j < n; j += 8) {
+        int64_t left = chunk->end - at - j;
+        __mmask8 there = left >= 8 ? 0xFF : left <= 0 ? 0 : (__mmask8)((1 << left) - 1);
+        __m512i places = chunk->chosen ? _mm512_mask_loadu_epi64(none, there, chunk->chosen + at + j)
+                                       : _mm512_mask_add_epi64(none, there, lanes, _mm512_set1_epi64(at + j));
+        _mm512_storeu_si512(room->places + j, places);
+        hidden[j / 8] = _mm512_movepi64_mask(places);
     }
 }
 
-/* Where the keys or values [at, at + n) of a chunk lie; codes are widened. n is whole tiles. */
-INLINE AVX512 void find_rows(const struct chunk *chunk, const struct source *source, int64_t at, int64_t n,
-                             struct block *block) {
-    int64_t places[BLOCK], padded = chunk->padded;
-    for (int64_t j = 0; j < n; j++) places[j] = row_at(chunk, source, at + j);
-    if (!source->bits) {
-        for (int64_t j = 0; j < n; j++)
-            block->rows[j] = places[j] < 0 ? no_row : (const uint16_t *)(source->rows + places[j] * source->row_bytes);
+/* Addresses of the rows at those places, `row_bytes` each, no_row for those that do not exist. */
+INLINE AVX512 void find_rows(const struct chunk *chunk, const struct room *room, const struct source *source, const void *base,
+                             int64_t row_bytes, int64_t at, int64_t n, const uint8_t **rows) {
+    const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    for (int64_t j = 0; j < n; j += 8) {
+        __m512i places = _mm512_loadu_si512(room->places + j);
+        __m512i row = chunk->chosen && !source->in_order ? places : _mm512_add_epi64(lanes, _mm512_set1_epi64(at + j));
+        __m512i address = _mm512_add_epi64(_mm512_mullo_epi64(row, _mm512_set1_epi64(row_bytes)), _mm512_set1_epi64((int64_t)base));
+        address = _mm512_mask_mov_epi64(address, _mm512_movepi64_mask(places), _mm512_set1_epi64((int64_t)no_row));
+        _mm512_storeu_si512(rows + j, address);
+    }
+}
+
+/* 32 bits at a time of 16 rows of `n` of them, turned: lane j of out[i] is row j's. */
+INLINE AVX512 void turn_words(const uint8_t *const *rows, int64_t n, __m512i *out) {
+    __m512i in[16];
+    if (n <= 2 && rows[15] - rows[0] == 15 * 4 * n) { /* one behind the other */
+        in[0] = _mm512_loadu_si512(rows[0]), in[1] = _mm512_loadu_si512(rows[0] + (n - 1) * 64);
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        out[0] = n == 1 ? in[0] : _mm512_permutex2var_epi32(in[0], even, in[1]);
+        if (n == 2) out[1] = _mm512_permutex2var_epi32(in[0], _mm512_add_epi32(even, _mm512_set1_epi32(1)), in[1]);
         return;
     }
-    __m512i table = source->bits < 8 ? code_table(source->bits) : _mm512_setzero_si512();
-    for (int64_t j = 0; j < n; j++) {
-        uint16_t *wide = block->wide + j * padded;
-        const uint8_t *codes = source->rows + places[j] * source->row_bytes;
-        block->rows[j] = places[j] < 0 ? no_row : wide;
-        if (places[j] < 0) continue;
-        if (source->bits == 8) widen8(codes, chunk->head_dim, wide);
-        else if (source->bits == 4) widen_few(codes, 4, chunk->head_dim, table, wide);
-        else widen_few(codes, 2, chunk->head_dim, table, wide);
+    for (int j = 0; j < TILE; j++) in[j] = _mm512_maskz_loadu_epi32((__mmask16)(n >= 16 ? 0xFFFF : (1 << n) - 1), rows[j]);
+    turn16(in, out);
+}
+
+/* Scale and zero of each key become rows of lanes; the zero moves with the codes, which are taken about 0. */
+INLINE AVX512 void spread_scales(const struct chunk *chunk, const struct room *room, const struct source *source, int64_t at,
+                                 int64_t count, struct block *block) {
+    const int64_t n = source->n_scales;
+    const uint8_t *rows[BLOCK];
+    const __m512 half = _mm512_set1_ps((float)(1 << (source->bits - 1)));
+    find_rows(chunk, room, source, source->scales, 4 * n, at, count, rows);
+    for (int64_t j = 0; j < count; j += TILE) {
+        __m512i turned[16];
+        __m512 words[2 * MAX_GROUPS];
+        turn_words(rows + j, n, turned);
+        for (int64_t i = 0; i < n; i++) {
+            words[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(turned[i], 16));
+            words[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(turned[i], _mm512_set1_epi32((int)0xFFFF0000)));
+        }
+        for (int64_t p = 0; p < n; p++) {
+            _mm512_store_ps(block->scale[p] + j, words[p]);
+            _mm512_store_ps(block->low[p] + j, _mm512_fmadd_ps(words[p], half, words[n + p]));
+        }
     }
-    for (int64_t j = 0; j < n; j += TILE) spread_scales(source, places + j, block, j);
+}
+
+/* The same codes of 16 keys, of channels 4 i .. 4 i + 3 in lane j, as bf16: channels (0, 2) and (1, 3) in pairs. */
+INLINE AVX512 void pairs_of_bytes(__m512i codes, __m512i *pairs) {
+    __m512i bytes = _mm512_xor_si512(codes, _mm512_set1_epi32((int)0x80808080));
+    __m512i numbers[4];
+    for (int i = 0; i < 4; i++)
+        numbers[i] = (__m512i)_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(bytes, (unsigned)(24 - 8 * i)), 24));
+    for (int i = 0; i < 2; i++)
+        pairs[i] = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(numbers[i], 16), numbers[2 + i]);
+}
+
+INLINE AVX512 void turn_codes(const int BITS, const uint8_t *const *rows, int64_t head_dim, __m512i table, __m512i *tile) {
+    const int64_t width = head_dim * BITS / 8;
+    for (int64_t i = 0; i < width; i += 64) {
+        __m512i in[16], codes[16];
+        int64_t n = width - i < 64 ? (width - i) / 4 : 16;
+        for (int j = 0; j < TILE; j++) in[j] = _mm512_maskz_loadu_epi32((__mmask16)((1 << n) - 1), rows[j] + i);
+        turn16(in, codes);
+        for (int64_t w = 0; w < n; w++) {
+            if (BITS == 8) {
+                pairs_of_bytes(codes[w], tile + (i + 4 * w) / 2);
+                continue;
+            }
+            for (int part = 0; part < 8 / BITS; part++) {
+                __m512i *pairs = tile + (part * width + i + 4 * w) / 2;
+                pairs[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes[w], (unsigned)(part * BITS)), table);
+                pairs[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(codes[w], (unsigned)(part * BITS + 8)), table);
+            }
+        }
+    }
+}
+
+INLINE AVX512 void turn_exact(const uint8_t *const *rows, int64_t head_dim, __m512i *tile) {
+    for (int64_t d = 0; d < head_dim; d += 32) {
+        __m512i in[16];
+        for (int j = 0; j < TILE; j++)
+            in[j] = _mm512_maskz_loadu_epi32(head_dim - d >= 32 ? 0xFFFF : 0xFF, rows[j] + 2 * d);
+        turn16(in, tile + d / 2);
+    }
+}
+
+/* Rows of codes to rows of bf16, `padded` apart. Full stores may run into what is written next. */
+INLINE AVX512 void widen_rows(const int BITS, const int FULL, const uint8_t *const *rows, int64_t n, int64_t head_dim,
+                              int64_t padded, __m512i table, uint16_t *out) {
+    const int64_t width = head_dim * BITS / 8;
+    for (int64_t j = 0; j < n; j++, out += padded)
+        for (int64_t i = 0; i < width; i += 32) {
+            uint32_t there = FULL || width - i >= 32 ? 0xFFFFFFFF : (1u << (width - i)) - 1;
+            __m256i bytes = _mm256_maskz_loadu_epi8(there, rows[j] + i);
+            if (BITS == 8) {
+                bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8((char)0x80));
+                __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+                __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+                _mm512_storeu_si512(out + i, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+                continue;
+            }
+            __m512i words = _mm512_cvtepu8_epi16(bytes);
+            for (int part = 0; part < 8 / BITS; part++) {
+                __m512i wide = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, (unsigned)(part * BITS)), table);
+                if (FULL) _mm512_storeu_si512(out + part * width + i, wide);
+                else _mm512_mask_storeu_epi16(out + part * width + i, there, wide);
+            }
+        }
+}
+
+static AVX512 void widen(const struct chunk *chunk, struct room *room, int64_t n) {
+    const int64_t bits = chunk->values.bits, dim = chunk->head_dim, padded = chunk->padded;
+    const uint8_t **rows = room->values.rows;
+    const __m512i table = code_table(bits < 8 ? bits : 4);
+    const int full = dim * bits / 8 % 32 == 0;
+    if (bits == 8) widen_rows(8, 0, rows, n, dim, padded, table, room->wide);
+    else if (bits == 4 && full) widen_rows(4, 1, rows, n, dim, padded, table, room->wide);
+    else if (bits == 4) widen_rows(4, 0, rows, n, dim, padded, table, room->wide);
+    else widen_rows(2, 0, rows, n, dim, padded, table, room->wide);
+    for (int64_t j = 0; j < n; j++) rows[j] = (const uint8_t *)(room->wide + j * padded);
 }
 
 /* scores[r][0 .. 16) = q[r] . k[j] of one turned tile, for NR rows. */
@@ -192,25 +264,25 @@ INLINE AVX512 void score_all(const int CODED, const struct chunk *chunk, const s
     for (; r < chunk->rows; r++) score_tile(1, CODED, chunk, room, r, tile, at);
 }
 
-INLINE AVX512 void fetch(const uint16_t *const *rows, int64_t at, int64_t n, int64_t head_dim) {
+INLINE AVX512 void fetch(const uint8_t *const *rows, int64_t at, int64_t n, int64_t row_bytes) {
     for (int64_t j = at; j < at + TILE && j < n; j++)
-        for (int64_t d = 0; d < head_dim; d += 32) _mm_prefetch((const char *)(rows[j] + d), _MM_HINT_T0);
+        for (int64_t i = 0; i < row_bytes; i += 64) _mm_prefetch((const char *)(rows[j] + i), _MM_HINT_T0);
 }
 
 static AVX512 void score_block(const struct chunk *chunk, struct room *room, int64_t n) {
-    __m512i tile[MAX_DIM / 2], rows[16];
-    const uint16_t *const *keys = room->keys.rows;
-    if (!chunk->keys.bits)
-        for (int64_t j = 0; j < AHEAD * TILE; j += TILE) fetch(keys, j, n, chunk->head_dim);
+    __m512i tile[MAX_DIM / 2];
+    const struct source *keys = &chunk->keys, *values = &chunk->values;
+    const uint8_t *const *rows = room->keys.rows;
+    const __m512i table = code_table(keys->bits == 2 ? 2 : 4);
+    for (int64_t j = 0; j < AHEAD * TILE; j += TILE) fetch(rows, j, n, keys->row_bytes);
     for (int64_t j = 0; j < n; j += TILE) {
-        if (!chunk->keys.bits) fetch(keys, j + AHEAD * TILE, n, chunk->head_dim);
-        if (!chunk->values.bits) fetch(room->values.rows, j, n, chunk->head_dim);
-        for (int64_t d = 0; d < chunk->head_dim; d += 32) {
-            __mmask16 left = pairs_left(d, chunk->head_dim);
-            for (int i = 0; i < 16; i++) rows[i] = _mm512_maskz_loadu_epi32(left, keys[j + i] + d);
-            turn16(rows, tile + d / 2);
-        }
-        if (chunk->keys.bits) score_all(1, chunk, room, tile, j);
+        fetch(rows, j + AHEAD * TILE, n, keys->row_bytes);
+        fetch(room->values.rows, j, n, values->row_bytes);
+        if (keys->bits == 0) turn_exact(rows + j, chunk->head_dim, tile);
+        else if (keys->bits == 8) turn_codes(8, rows + j, chunk->head_dim, table, tile);
+        else if (keys->bits == 4) turn_codes(4, rows + j, chunk->head_dim, table, tile);
+        else turn_codes(2, rows + j, chunk->head_dim, table, tile);
+        if (keys->bits) score_all(1, chunk, room, tile, j);
         else score_all(0, chunk, room, tile, j);
     }
 }
@@ -287,8 +359,8 @@ INLINE AVX512 void weigh(const int NR, const struct room *room, int64_t first, i
     }
     for (int64_t j = 0; j < n; j += 2 * NS)
         for (int s = 0; s < NS; s++) {
-            __m512i v0 = _mm512_maskz_loadu_epi16(left, room->values.rows[j + 2 * s] + d);
-            __m512i v1 = _mm512_maskz_loadu_epi16(left, room->values.rows[j + 2 * s + 1] + d);
+            __m512i v0 = _mm512_maskz_loadu_epi16(left, (const uint16_t *)room->values.rows[j + 2 * s] + d);
+            __m512i v1 = _mm512_maskz_loadu_epi16(left, (const uint16_t *)room->values.rows[j + 2 * s + 1] + d);
             __m512bh l = (__m512bh)_mm512_unpacklo_epi16(v0, v1), h = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
             for (int r = 0; r < NR; r++) {
                 __m512bh w = pair_everywhere(room->weights + (first + r) * BLOCK + j + 2 * s);
@@ -334,14 +406,18 @@ INLINE AVX512 void put_in_order(float *acc, int64_t n) {
     }
 }
 
+/* The queries side by side; for coded keys in the order in which these are paired, with the sum of each group. */
 INLINE AVX512 void take_query(const struct chunk *chunk, struct room *room) {
-    const int64_t head_dim = chunk->head_dim, group = chunk->keys.bits ? chunk->keys.group : head_dim;
+    const int64_t head_dim = chunk->head_dim, group = chunk->keys.group;
     for (int64_t r = 0; r < chunk->rows; r++) {
+        const uint16_t *row = query_row(chunk, r);
         uint16_t *query = room->query + r * chunk->padded;
-        memcpy(query, query_row(chunk, r), (size_t)head_dim * sizeof *query);
-        for (int64_t p = 0; p * group < head_dim && chunk->keys.bits; p++) {
+        memcpy(query, row, (size_t)head_dim * sizeof *query);
+        if (!chunk->keys.bits) continue;
+        for (int64_t d = 0; d < head_dim; d += 4) query[d + 1] = row[d + 2], query[d + 2] = row[d + 1];
+        for (int64_t p = 0; p * group < head_dim; p++) {
             float sum = 0.0f;
-            for (int64_t d = p * group; d < (p + 1) * group && d < head_dim; d++) sum += from_bf16(query[d]);
+            for (int64_t d = p * group; d < (p + 1) * group && d < head_dim; d++) sum += from_bf16(row[d]);
             room->query_sums[r * MAX_GROUPS + p] = sum;
         }
     }
@@ -350,19 +426,19 @@ INLINE AVX512 void take_query(const struct chunk *chunk, struct room *room) {
 static AVX512 void avx512_chunk(const struct chunk *chunk) {
     struct room room;
     float scale[AT_ONCE];
+    const struct source *keys = &chunk->keys, *values = &chunk->values;
     take_query(chunk, &room);
     for (int64_t i = 0; i < chunk->rows * chunk->padded; i++) chunk->acc[i] = 0.0f;
     for (int64_t r = 0; r < chunk->rows; r++) chunk->max[r] = -INFINITY, chunk->sum[r] = 0.0f;
     for (int64_t at = chunk->begin; at < chunk->end; at += BLOCK) {
         int64_t n = chunk->end - at < BLOCK ? (chunk->end - at + TILE - 1) / TILE * TILE : BLOCK;
-        find_rows(chunk, &chunk->keys, at, n, &room.keys);
-        find_rows(chunk, &chunk->values, at, n, &room.values);
-        for (int64_t j = 0; j < n; j += TILE) {
-            room.hidden[j / TILE] = 0;
-            for (int i = 0; i < TILE; i++)
-                room.hidden[j / TILE] |= (uint16_t)((room.keys.rows[j + i] == no_row) << i);
-        }
+        find_places(chunk, at, n, &room);
+        find_rows(chunk, &room, keys, keys->rows, keys->row_bytes, at, n, room.keys.rows);
+        find_rows(chunk, &room, values, values->rows, values->row_bytes, at, n, room.values.rows);
+        if (keys->bits) spread_scales(chunk, &room, keys, at, n, &room.keys);
+        if (values->bits) spread_scales(chunk, &room, values, at, n, &room.values);
         score_block(chunk, &room, n);
+        if (values->bits) widen(chunk, &room, n);
         for (int64_t r = 0; r < chunk->rows; r += AT_ONCE) {
             int64_t n_rows = chunk->rows - r < AT_ONCE ? chunk->rows - r : AT_ONCE;
             for (int64_t i = 0; i < n_rows; i++) {
