@@ -48,7 +48,7 @@ def attend_chosen_reference(span: ChosenSpan, scaling: float) -> Tensor:
     taken = []
     for source, form in zip((span.keys, span.values), span.forms, strict=True):
         if isinstance(form, CodedRows):
-            form = form.at(chosen, source.dtype)
+            form = form.at(None if span.whole else chosen, source.dtype)[:, :k]
         elif form is None:
             form = source.gather(1, chosen.clamp(min=0)[..., None].expand(-1, -1, head_dim))
         taken.append(torch.cat([form, source[:, own]], 1)[:, None])
@@ -153,14 +153,10 @@ def _check(span: ChosenSpan) -> None:
 def _check_form(form: Tensor | CodedRows, span: ChosenSpan) -> None:
     n_groups, k = span.chosen.shape
     head_dim = span.keys.shape[2]
-    if isinstance(form, Tensor):
-        right = form.shape == (n_groups, k, head_dim)
-    else:
-        right = form.width == head_dim and form.codes.shape[0] == form.scales.shape[0] == n_groups
-        # Positions end before `own`, or at K if they are all.
-        right = right and min(form.codes.shape[1], form.scales.shape[1]) >= (k if span.whole else span.own.start)
-    if not right:
-        raise ValueError(f"a form of shape {tuple(getattr(form, 'shape', ()))} for {k} positions")
+    if isinstance(form, CodedRows):
+        form.check(n_groups, k if span.whole else span.own.start, head_dim)
+    elif form.shape != (n_groups, k, head_dim):
+        raise ValueError(f"a form of shape {tuple(form.shape)} for {k} positions")
 
 
 def _struct(span: ChosenSpan, out: Tensor) -> tuple[object, ...]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+BITS = (2, 4, 8)
+
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """The codes [..., D] of bytes [..., B]."""
@@ -31,6 +33,15 @@ class CodedRows:
     bits: int
     group: int
     width: int
+
+    def check(self, n_groups: int, n: int, width: int) -> None:
+        """Raises ValueError unless these are at least `n` rows of `width` numbers of so many heads."""
+        n_bytes, n_scales = -(-width * self.bits // 8), 2 * -(-width // (self.group or width))
+        (_, n_codes, _), (_, n_scaled, _) = self.codes.shape, self.scales.shape
+        right = self.codes.shape == (n_groups, n_codes, n_bytes) and self.scales.shape == (n_groups, n_scaled, n_scales)
+        if not right or self.width != width or min(n_codes, n_scaled) < n or self.bits not in BITS:
+            told = f"{tuple(self.codes.shape)} with scales {tuple(self.scales.shape)}"
+            raise ValueError(f"codes of shape {told} where {n} rows of {width} numbers are read")
 
     def at(self, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The numbers of the rows at `positions` [G, K], -1 as 0; None: of all. [G, K, D]."""

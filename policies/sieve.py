@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
+from sessiond.kernels.coded import BITS
 from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.choosing import top
 from sessiond.policies.knobs import share, whole
-from sessiond.policies.quantized import BITS, QuantizedKeys, bytes_per_row
+from sessiond.policies.quantized import QuantizedKeys, bytes_per_row
 
 # Estimates that differ by less than this share tie: the prior, where there is one, decides. It is far below the error
 # of any index. Weights below the other one are none.

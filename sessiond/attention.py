@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sessiond.cache import KEY_GRANULE, PackedSpan
-from sessiond.kernels.attention import Scratch, attend_chosen, attend_few, attend_reference, few_tokens_supported
+from sessiond.kernels.attention import Scratch, attend_few, attend_reference, few_tokens_supported
+from sessiond.kernels.chosen import ChosenSpan, attend_chosen
 from sessiond.kernels.rope import Rope
 
 NAME = "sessiond"
@@ -30,6 +31,27 @@ class PackedStep:
     gives_way: Callable[[], bool] | None = None  # asked in every layer whether the step is to be abandoned
 
 
+def choose(
+    query: Tensor, span: PackedSpan, layer: int, scaling: float, window: int | None, rope: Rope | None = None
+) -> ChosenSpan | None:
+    """What of its session's memory a span's new tokens attend to, if its policy chooses; None: all, or the window.
+
+    A span's `capture` is shown them first.
+    """
+    if window is not None:  # a sliding layer sees little as it is
+        return None
+    keys, values = span.cache.keys[layer], span.cache.values[layer]
+    if span.capture is not None:
+        span.capture(layer, query, keys[:, : span.position + query.shape[1]], scaling)
+    if span.selection is None:
+        return None
+    chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, rope, decoding=span.decoding)
+    if chosen is None:
+        return None
+    own = slice(span.selection.turn_start, span.position + query.shape[1])
+    return ChosenSpan(query, keys, values, chosen.positions, own, (chosen.keys, chosen.values), chosen.whole)
+
+
 def attend(
     query: Tensor,
     span: PackedSpan,
@@ -44,15 +66,19 @@ def attend(
     query [H, Q, D] stand at [position, position + Q); `window` limits each to its last `window` keys.
     Returns [Q, H, D].
     """
+    chosen = choose(query, span, layer, scaling, window, rope)
+    if chosen is None:
+        return attend_all(query, span, layer, scaling, window, scratch)
+    out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
+    attend_chosen([chosen], [out], scaling, scratch)
+    return out
+
+
+def attend_all(
+    query: Tensor, span: PackedSpan, layer: int, scaling: float, window: int | None, scratch: Scratch
+) -> Tensor:
+    """`attend` where no policy chooses."""
     keys, values = span.cache.keys[layer], span.cache.values[layer]
-    if span.capture is not None and window is None:
-        span.capture(layer, query, keys[:, : span.position + query.shape[1]], scaling)
-    if span.selection is not None and window is None:  # a sliding layer sees little as it is
-        chosen = span.selection.choose(layer, query, keys, values, span.position, scaling, rope, decoding=span.decoding)
-        if chosen is not None:
-            own = slice(span.selection.turn_start, span.position + query.shape[1])
-            forms = chosen.keys, chosen.values
-            return attend_chosen(query, keys, values, chosen.positions, own, scaling, scratch, forms)
     if few_tokens_supported(query):
         return attend_few(query, keys, values, span.position, window, scaling, scratch)
     # keys in [first, last) take part; those in [open_end, last) differ by query and are masked
@@ -85,9 +111,17 @@ def sessiond_attention(
         spans[0].cache.release(layer)
         return alone, None
     out = heads.new_zeros(heads.shape[1], heads.shape[0], heads.shape[2])
+    few: list[tuple[PackedSpan, ChosenSpan]] = []  # in one call: to wake the threads costs as much as one of them
     for span in spans:
         rows = slice(span.start, span.end)
-        out[rows] = attend(heads[:, rows], span, layer, scaling, sliding_window, scratch, packed.rope)
+        chosen = choose(heads[:, rows], span, layer, scaling, sliding_window, packed.rope)
+        if chosen is None:
+            out[rows] = attend_all(heads[:, rows], span, layer, scaling, sliding_window, scratch)
+            span.cache.release(layer)
+        else:
+            few.append((span, chosen))
+    attend_chosen([chosen for _, chosen in few], [out[span.start : span.end] for span, _ in few], scaling, scratch)
+    for span, _ in few:
         span.cache.release(layer)
     return out[None], None
 
