@@ -74,12 +74,15 @@ INLINE AVX512 __m512 exp_of(__m512 x) {
     return _mm512_maskz_scalef_ps(alive, p, whole);
 }
 
-/* Bits of a code choose its number from here, whatever else a word's lower five bits hold. */
-INLINE AVX512 __m512i code_table(int64_t bits) {
-    uint16_t table[32];
-    for (int i = 0; i < 32; i++) table[i] = to_bf16((float)((i & ((1 << bits) - 1)) - (1 << (bits - 1))));
-    return _mm512_loadu_si512(table);
-}
+/* bf16 of -8 .. 7 and of -2 .. 1: the lower bits of a word choose, whatever else its lower five hold. */
+static const uint16_t table_of_4[32] = {
+    0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0,
+    0xC100, 0xC0E0, 0xC0C0, 0xC0A0, 0xC080, 0xC040, 0xC000, 0xBF80, 0, 0x3F80, 0x4000, 0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0};
+static const uint16_t table_of_2[32] = {
+    0xC000, 0xBF80, 0, 0x3F80, 0xC000, 0xBF80, 0, 0x3F80, 0xC000, 0xBF80, 0, 0x3F80, 0xC000, 0xBF80, 0, 0x3F80,
+    0xC000, 0xBF80, 0, 0x3F80, 0xC000, 0xBF80, 0, 0x3F80, 0xC000, 0xBF80, 0, 0x3F80, 0xC000, 0xBF80, 0, 0x3F80};
+
+INLINE AVX512 __m512i code_table(int64_t bits) { return _mm512_loadu_si512(bits == 2 ? table_of_2 : table_of_4); }
 
 /* Where the keys [at, at + n) of a chunk stand, n whole tiles, and which of them do not exist. */
 INLINE AVX512 void find_places(const struct chunk *chunk, int64_t at, int64_t n, struct room *room) {
@@ -98,13 +101,15 @@ INLINE AVX512 void find_places(const struct chunk *chunk, int64_t at, int64_t n,
 /* Addresses of the rows at those places, `row_bytes` each, no_row for those that do not exist. */
 INLINE AVX512 void find_rows(const struct chunk *chunk, const struct room *room, const struct source *source, const void *base,
                              int64_t row_bytes, int64_t at, int64_t n, const uint8_t **rows) {
-    const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+    const int gathered = chunk->chosen && !source->in_order;
+    const __m512i lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), each = _mm512_set1_epi64(row_bytes);
+    const __m512i start = _mm512_set1_epi64((int64_t)base), nowhere = _mm512_set1_epi64((int64_t)no_row);
+    __m512i next = _mm512_add_epi64(_mm512_mul_epu32(_mm512_add_epi64(lanes, _mm512_set1_epi64(at)), each), start);
     for (int64_t j = 0; j < n; j += 8) {
         __m512i places = _mm512_loadu_si512(room->places + j);
-        __m512i row = chunk->chosen && !source->in_order ? places : _mm512_add_epi64(lanes, _mm512_set1_epi64(at + j));
-        __m512i address = _mm512_add_epi64(_mm512_mullo_epi64(row, _mm512_set1_epi64(row_bytes)), _mm512_set1_epi64((int64_t)base));
-        address = _mm512_mask_mov_epi64(address, _mm512_movepi64_mask(places), _mm512_set1_epi64((int64_t)no_row));
-        _mm512_storeu_si512(rows + j, address);
+        __m512i address = gathered ? _mm512_add_epi64(_mm512_mul_epu32(places, each), start) : next;
+        _mm512_storeu_si512(rows + j, _mm512_mask_mov_epi64(address, _mm512_movepi64_mask(places), nowhere));
+        next = _mm512_add_epi64(next, _mm512_slli_epi64(each, 3));
     }
 }
 
@@ -210,14 +215,13 @@ INLINE AVX512 void widen_rows(const int BITS, const int FULL, const uint8_t *con
 
 static AVX512 void widen(const struct chunk *chunk, struct room *room, int64_t n) {
     const int64_t bits = chunk->values.bits, dim = chunk->head_dim, padded = chunk->padded;
-    const uint8_t **rows = room->values.rows;
-    const __m512i table = code_table(bits < 8 ? bits : 4);
+    const uint8_t *const *rows = room->values.rows;
+    const __m512i table = code_table(bits);
     const int full = dim * bits / 8 % 32 == 0;
     if (bits == 8) widen_rows(8, 0, rows, n, dim, padded, table, room->wide);
     else if (bits == 4 && full) widen_rows(4, 1, rows, n, dim, padded, table, room->wide);
     else if (bits == 4) widen_rows(4, 0, rows, n, dim, padded, table, room->wide);
     else widen_rows(2, 0, rows, n, dim, padded, table, room->wide);
-    for (int64_t j = 0; j < n; j++) rows[j] = (const uint8_t *)(room->wide + j * padded);
 }
 
 /* scores[r][0 .. 16) = q[r] . k[j] of one turned tile, for NR rows. */
@@ -273,7 +277,7 @@ static AVX512 void score_block(const struct chunk *chunk, struct room *room, int
     __m512i tile[MAX_DIM / 2];
     const struct source *keys = &chunk->keys, *values = &chunk->values;
     const uint8_t *const *rows = room->keys.rows;
-    const __m512i table = code_table(keys->bits == 2 ? 2 : 4);
+    const __m512i table = code_table(keys->bits);
     for (int64_t j = 0; j < AHEAD * TILE; j += TILE) fetch(rows, j, n, keys->row_bytes);
     for (int64_t j = 0; j < n; j += TILE) {
         fetch(rows, j + AHEAD * TILE, n, keys->row_bytes);
@@ -346,8 +350,8 @@ INLINE AVX512 void round_weights(int64_t n_rows, const int CODED, struct room *r
 
 /* acc[r][d .. d + 32) = acc * scale[r] + lows[r] + weights[r] @ values, for NR rows. The 32 sums stand in the order in
    which unpacking two rows leaves them, until `put_in_order`. Few rows keep two sums each, of every other pair. */
-INLINE AVX512 void weigh(const int NR, const struct room *room, int64_t first, int64_t d, int64_t head_dim, int64_t n,
-                         const float *scale, const float *lows, float *acc, int64_t padded) {
+INLINE AVX512 void weigh(const int NR, const int WIDE, const struct room *room, int64_t first, int64_t d, int64_t head_dim,
+                         int64_t n, const float *scale, const float *lows, float *acc, int64_t padded) {
     const int NS = NR <= 4 ? 2 : 1;
     const __mmask32 left = head_dim - d >= 32 ? 0xFFFFFFFF : 0xFFFF;
     __m512 low[2][AT_ONCE], high[2][AT_ONCE];
@@ -359,8 +363,10 @@ INLINE AVX512 void weigh(const int NR, const struct room *room, int64_t first, i
     }
     for (int64_t j = 0; j < n; j += 2 * NS)
         for (int s = 0; s < NS; s++) {
-            __m512i v0 = _mm512_maskz_loadu_epi16(left, (const uint16_t *)room->values.rows[j + 2 * s] + d);
-            __m512i v1 = _mm512_maskz_loadu_epi16(left, (const uint16_t *)room->values.rows[j + 2 * s + 1] + d);
+            const uint16_t *wide = room->wide + (j + 2 * s) * padded;
+            const uint8_t *const *rows = room->values.rows + j + 2 * s;
+            __m512i v0 = _mm512_maskz_loadu_epi16(left, (WIDE ? wide : (const uint16_t *)rows[0]) + d);
+            __m512i v1 = _mm512_maskz_loadu_epi16(left, (WIDE ? wide + padded : (const uint16_t *)rows[1]) + d);
             __m512bh l = (__m512bh)_mm512_unpacklo_epi16(v0, v1), h = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
             for (int r = 0; r < NR; r++) {
                 __m512bh w = pair_everywhere(room->weights + (first + r) * BLOCK + j + 2 * s);
@@ -372,6 +378,15 @@ INLINE AVX512 void weigh(const int NR, const struct room *room, int64_t first, i
         _mm512_storeu_ps(acc + r * padded, NS == 2 ? _mm512_add_ps(low[0][r], low[1][r]) : low[0][r]);
         _mm512_storeu_ps(acc + r * padded + 16, NS == 2 ? _mm512_add_ps(high[0][r], high[1][r]) : high[0][r]);
     }
+}
+
+INLINE AVX512 void weigh_rows(const int WIDE, const struct room *room, int64_t n_rows, int64_t d, int64_t head_dim, int64_t n,
+                              const float *scale, const float *lows, float *acc, int64_t padded) {
+    int64_t i = 0;
+    for (; i + 8 <= n_rows; i += 8) weigh(8, WIDE, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
+    for (; i + 4 <= n_rows; i += 4) weigh(4, WIDE, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
+    for (; i + 3 <= n_rows; i += 3) weigh(3, WIDE, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
+    for (; i < n_rows; i++) weigh(1, WIDE, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
 }
 
 INLINE AVX512 void weigh_some(const struct chunk *chunk, struct room *room, int64_t r0, int64_t n_rows, int64_t n,
@@ -386,11 +401,8 @@ INLINE AVX512 void weigh_some(const struct chunk *chunk, struct room *room, int6
         int64_t last = (p + 1) * group < head_dim ? (p + 1) * group : head_dim;
         for (int64_t d = p * group; d < last; d += 32) {
             float *acc = chunk->acc + r0 * padded + d;
-            int64_t i = 0;
-            for (; i + 8 <= n_rows; i += 8) weigh(8, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
-            for (; i + 4 <= n_rows; i += 4) weigh(4, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
-            for (; i + 3 <= n_rows; i += 3) weigh(3, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
-            for (; i < n_rows; i++) weigh(1, room, i, d, head_dim, n, scale + i, lows + i, acc + i * padded, padded);
+            if (source->bits) weigh_rows(1, room, n_rows, d, head_dim, n, scale, lows, acc, padded);
+            else weigh_rows(0, room, n_rows, d, head_dim, n, scale, lows, acc, padded);
         }
     }
 }
