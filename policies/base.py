@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
+from sessiond.kernels.coded import CodedRows
 from sessiond.kernels.rope import Rope
 from sessiond.policies.prior import Prior
 from sessiond.policies.probing import CHUNK
@@ -49,17 +50,19 @@ class LayerView:
 class Taken:
     """Positions that take part in a form of their own.
 
-    `positions` [G, K] as a Selector answers them. `keys`, `values` [G, K, D] stand in for the exact ones there, in
-    their dtype; None: the exact ones. `form` names what stands in, of which `nbytes` are kept. So many positions of
-    each row, about, are `exact` though a form stands in.
+    `positions` [G, K] as a Selector answers them; `whole`: those are [0, K) in every row. `keys`, `values` [G, K, D]
+    stand in for the exact ones there, in their dtype; or coded rows, by position; None: the exact ones. `form` names
+    what stands in, of which `nbytes` are kept. So many positions of each row, about, are `exact` though a form stands
+    in.
     """
 
     positions: Tensor
-    keys: Tensor | None
-    values: Tensor | None
+    keys: Tensor | CodedRows | None
+    values: Tensor | CodedRows | None
     form: str
     nbytes: int
     exact: int = 0
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)

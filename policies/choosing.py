@@ -11,6 +11,16 @@ __all__ = ["ascending", "summed_weights", "top"]
 
 AT_ONCE = 32  # queries whose weights are held at a time
 
+_numbers = torch.arange(0)
+
+
+def first(n: int, n_groups: int) -> Tensor:
+    """Positions [0, n) for every head: [G, n], a view that nobody may write to."""
+    global _numbers
+    if n > len(_numbers):
+        _numbers = torch.arange(2 * n)
+    return _numbers[:n].expand(n_groups, -1)
+
 
 def summed_weights(query: Tensor, at: Tensor, keys: Tensor, places: Tensor, scaling: float) -> Tensor:
     """Softmax weights that keys [G, K, D] at `places` ([K] or [G, K]) get from queries [H, W, D] at `at` [W]: [G, K].

@@ -67,7 +67,7 @@ class LowBitSelector(Selector):
 
     def step(self, view: LayerView) -> Taken | None:
         self.rest(view)
-        return self._copy.all(view.turn_start, view.keys.dtype) if view.turn_start else None
+        return self._copy.all(view.turn_start) if view.turn_start else None
 
     def rest(self, view: LayerView) -> None:
         self._copy.extend(view.keys[:, : view.turn_start], view.values[:, : view.turn_start])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from sessiond.kernels.coded import CodedRows
 from sessiond.policies.base import LayerView, Selector, Taken
 from sessiond.policies.prior import Prior
 from sessiond.policies.wrapping import WrappingSelector
@@ -51,8 +52,9 @@ def narrowed(answer: Tensor | Taken, mask: Tensor) -> Tensor | Taken:
     if not isinstance(answer, Taken):
         return left
     keys, values = (_reordered(form, order) for form in (answer.keys, answer.values))
-    return replace(answer, positions=left, keys=keys, values=values)
+    return replace(answer, positions=left, keys=keys, values=values, whole=False)
 
 
-def _reordered(form: Tensor | None, order: Tensor) -> Tensor | None:
-    return None if form is None else form.gather(1, order[..., None].expand(-1, -1, form.shape[2]))
+def _reordered(form: Tensor | CodedRows | None, order: Tensor) -> Tensor | CodedRows | None:
+    """Coded rows go by position."""
+    return form.gather(1, order[..., None].expand(-1, -1, form.shape[2])) if isinstance(form, Tensor) else form

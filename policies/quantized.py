@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sessiond.kernels.coded import CodedRows, unpack
 from sessiond.kernels.quantize import quantize
 from sessiond.policies.base import ModelFacts, Taken
-
-BITS = (2, 4, 8)
+from sessiond.policies.choosing import first
 
 
 def bytes_per_row(width: int, bits: int, group: int = 0) -> int:
@@ -65,23 +65,12 @@ class Codes:
 
     def read(self, n: int, dtype: torch.dtype) -> Tensor:
         """The first `n` rows: [G, n, D]."""
-        return self._plain(self._codes[:, :n], self._scales[:, :n], dtype)
+        return self.rows(n).at(None, dtype)
 
-    def at(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """The rows at `positions` [G, K]: [G, K, D]."""
-        index = positions[..., None]
-        codes, scales = (part.gather(1, index.expand(-1, -1, part.shape[2])) for part in (self._codes, self._scales))
-        return self._plain(codes, scales, dtype)
-
-    def _plain(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        scale, low = (self._spread(part) for part in scales.float().chunk(2, -1))
-        return (self._unpack(codes).float() * scale + low).to(dtype)
-
-    def _spread(self, of_groups: Tensor) -> Tensor:
-        """[G, N, P] to the numbers of each group: [G, N, D]; one group is left as it is."""
-        if of_groups.shape[-1] == 1:
-            return of_groups
-        return of_groups.repeat_interleave(self._group, -1)[..., : self._width]
+    def rows(self, n: int) -> CodedRows:
+        """The first `n` rows, or as many as there are, as they are: a view that holds until the next change."""
+        n = min(n, self.n)
+        return CodedRows(self._codes[:, :n], self._scales[:, :n], self._bits, self._group, self._width)
 
     def _reserve(self, rows: Tensor, end: int) -> None:
         n_groups, _, self._width = rows.shape
@@ -98,9 +87,7 @@ class Codes:
 
     def _unpack(self, packed: Tensor) -> Tensor:
         """The codes [..., D] of bytes [..., B]."""
-        mask = 2**self._bits - 1
-        parts = [packed >> (i * self._bits) & mask for i in range(8 // self._bits)]
-        return torch.cat(parts, -1)[..., : self._width]
+        return unpack(packed, self._bits, self._width)
 
 
 class QuantizedKV:
@@ -124,15 +111,15 @@ class QuantizedKV:
         self._keys.extend(keys)
         self._values.extend(values)
 
-    def all(self, n: int, dtype: torch.dtype) -> Taken:
-        """The first `n` tokens, n > 0."""
-        keys, values = self._keys.read(n, dtype), self._values.read(n, dtype)
-        return self._taken(torch.arange(n).expand(len(keys), -1), keys, values, n)
+    def all(self, n: int) -> Taken:
+        """The first `n` tokens, n > 0, in their codes."""
+        keys = self._keys.rows(n)
+        return self._taken(first(n, len(keys.codes)), keys, n, whole=True)
 
-    def at(self, positions: Tensor, n: int, dtype: torch.dtype) -> Taken:
+    def at(self, positions: Tensor, n: int) -> Taken:
         """Those at `positions` [G, K] of the first `n` tokens, n > 0; -1 is no position."""
-        there = positions.clamp(min=0)
-        return self._taken(positions, self._keys.at(there, dtype), self._values.at(there, dtype), n)
+        return self._taken(positions, self._keys.rows(n), n, whole=False)
 
-    def _taken(self, positions: Tensor, keys: Tensor, values: Tensor, n: int) -> Taken:
-        return Taken(positions, keys, values, self._form, self._keys.used(n) + self._values.used(n))
+    def _taken(self, positions: Tensor, keys: CodedRows, n: int, *, whole: bool) -> Taken:
+        nbytes = self._keys.used(n) + self._values.used(n)
+        return Taken(positions, keys, self._values.rows(n), self._form, nbytes, whole=whole)

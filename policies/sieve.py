@@ -13,11 +13,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
+from sessiond.kernels.coded import BITS
 from sessiond.kernels.heaviest import Enough
 from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.keyindex import QuantizedKeys
 from sessiond.policies.knobs import share, whole
-from sessiond.policies.quantized import BITS, bytes_per_row
+from sessiond.policies.quantized import bytes_per_row
 
 
 @dataclass(frozen=True, slots=True)

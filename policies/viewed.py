@@ -44,9 +44,9 @@ class ViewedSelector(WrappingSelector):
         if view.turn_start == 0:
             return None
         if answer is None:
-            return self._copy.all(view.turn_start, view.keys.dtype)
+            return self._copy.all(view.turn_start)
         positions = answer.positions if isinstance(answer, Taken) else answer
-        return self._copy.at(positions, view.turn_start, view.keys.dtype)
+        return self._copy.at(positions, view.turn_start)
 
     def _extend(self, view: LayerView) -> None:
         self._copy.extend(view.keys[:, : view.turn_start], view.values[:, : view.turn_start])

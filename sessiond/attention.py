@@ -12,11 +12,11 @@ from sessiond.cache import KEY_GRANULE, PackedSpan
 from sessiond.kernels.attention import (
     AttentionSpan,
     Scratch,
-    attend_chosen,
     attend_reference,
     attend_spans,
     native_attention_supported,
 )
+from sessiond.kernels.chosen import ChosenSpan, attend_chosen
 from sessiond.kernels.rope import Rope
 
 NAME = "sessiond"
@@ -38,31 +38,39 @@ def attend(
 
     heads [H, N, D], of which a span's rows stand at [position, position + Q); `window` limits each to its last `window`
     keys. Returns [N, H, D], `out` if it is given; rows outside every span are zero.
+
+    Spans that see everything are one call of a kernel, those whose policy chooses another: to wake the threads costs as
+    much as one of them.
     """
     n_heads, n_rows, head_dim = heads.shape
     if out is None:
         covered = sum(span.end - span.start for span in packed.spans) == n_rows
         out = (heads.new_empty if covered else heads.new_zeros)(n_rows, n_heads, head_dim)
     native = native_attention_supported(heads.dtype, head_dim, heads.device)
-    together: list[AttentionSpan] = []
+    whole: list[AttentionSpan] = []
+    sparse: list[ChosenSpan] = []
+    into_sparse: list[Tensor] = []
     for span in packed.spans:
         query, into = heads[:, span.start : span.end], out[span.start : span.end]
-        chosen = _attend_selected(query, span, packed, layer, scaling) if window is None else None
+        chosen = _choose(query, span, packed, layer, scaling) if window is None else None
         if chosen is not None:
-            into[:] = chosen
+            sparse.append(chosen)
+            into_sparse.append(into)
         elif native:
             keys, values = span.cache.keys[layer], span.cache.values[layer]
-            together.append(AttentionSpan(query, keys, values, span.position, into))
+            whole.append(AttentionSpan(query, keys, values, span.position, into))
         else:
             into[:] = _attend_all(query, span, packed.scratch, layer, scaling, window)
-    attend_spans(together, window, scaling, packed.scratch)
+    attend_spans(whole, window, scaling, packed.scratch)
+    attend_chosen(sparse, into_sparse, scaling, packed.scratch)
     return out
 
 
-def _attend_selected(
-    query: Tensor, span: PackedSpan, packed: PackedStep, layer: int, scaling: float
-) -> Tensor | None:  # a sliding layer never comes here: it sees little as it is
-    """Attention over what the span's selection chooses; None if that is everything. Shows `capture` what attends."""
+def _choose(query: Tensor, span: PackedSpan, packed: PackedStep, layer: int, scaling: float) -> ChosenSpan | None:
+    """What of its session's memory a span's new tokens attend to, if its policy chooses; None: all.
+
+    A span's `capture` is shown them first. A sliding layer never comes here: it sees little as it is.
+    """
     keys, values, end = span.cache.keys[layer], span.cache.values[layer], span.position + query.shape[1]
     if span.capture is not None:
         span.capture(layer, query, keys[:, :end], scaling)
@@ -73,8 +81,8 @@ def _attend_selected(
     )
     if chosen is None:
         return None
-    own, forms = slice(span.selection.turn_start, end), (chosen.keys, chosen.values)
-    return attend_chosen(query, keys, values, chosen.positions, own, scaling, packed.scratch, forms)
+    own = slice(span.selection.turn_start, end)
+    return ChosenSpan(query, keys, values, chosen.positions, own, (chosen.keys, chosen.values), chosen.whole)
 
 
 def _attend_all(

@@ -15,7 +15,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from sessiond.kernels.chosen_positions import has_none
+from sessiond.kernels.chosen import positions_told
+from sessiond.kernels.coded import CodedRows
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import LayerView, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
@@ -151,8 +152,12 @@ class Selection:
         at, n_groups = chosen.positions, keys.shape[0]
         if at.ndim != 2 or at.shape[0] != n_groups or at.is_floating_point():
             raise ValueError(f"positions of shape {tuple(at.shape)} and type {at.dtype}")
-        padded = has_none(at, self.turn_start)
+        if chosen.whole and at.shape[1] > self.turn_start:
+            raise ValueError(f"{at.shape[1]} positions before {self.turn_start}")
+        padded = not chosen.whole and positions_told(at, self.turn_start)
         for form in (chosen.keys, chosen.values):
-            if form is not None and (form.shape != (*at.shape, keys.shape[2]) or form.dtype != keys.dtype):
+            if isinstance(form, CodedRows):
+                form.check(n_groups, at.shape[1] if chosen.whole else self.turn_start, keys.shape[2])
+            elif form is not None and (form.shape != (*at.shape, keys.shape[2]) or form.dtype != keys.dtype):
                 raise ValueError(f"{chosen.form} of shape {tuple(form.shape)} and type {form.dtype}")
         return padded

@@ -50,11 +50,3 @@ void select_top(uintptr_t scores, int64_t stride, int64_t n_rows, int64_t n, int
 #endif
     parallel_chunks(fn, &job, n_rows, n_rows * n < 16384 ? 1 : n_threads);
 }
-
-/* Of n positions: -1 if one is outside [least, end), 1 if one is below 0, else 0. */
-int within(uintptr_t positions, int64_t n, int64_t least, int64_t end) {
-    const int64_t *at = (const int64_t *)positions;
-    int outside = 0, negative = 0;
-    for (int64_t i = 0; i < n; i++) outside |= at[i] < least || at[i] >= end, negative |= at[i] < 0;
-    return outside ? -1 : negative;
-}

@@ -6,6 +6,4 @@
 
 void select_top(uintptr_t scores, int64_t stride, int64_t n_rows, int64_t n, int64_t k, uintptr_t positions,
                 uintptr_t room, int n_threads);
-int within(uintptr_t positions, int64_t n, int64_t least, int64_t end);
-
 #endif

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from sessiond.policies.base import LayerView, Selector
+from sessiond.kernels.coded import CodedRows
+from sessiond.policies.base import LayerView, Selector, Taken
 
 # SmolLM2's: 9 query heads on 3 key/value heads.
 H, G, D = 9, 3, 16
@@ -63,3 +65,13 @@ def rows(positions: Tensor | None) -> list[list[int]]:
         assert kept == sorted(set(kept))
         found.append(kept)
     return found
+
+
+def read_out(answer: Tensor | Taken | None, dtype: torch.dtype) -> Taken:
+    """An answer in a form of its own, with the numbers of what is coded in it: [G, K, D]."""
+    assert isinstance(answer, Taken)
+    keys, values = (
+        form.at(answer.positions, dtype) if isinstance(form, CodedRows) else form
+        for form in (answer.keys, answer.values)
+    )
+    return replace(answer, keys=keys, values=values)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from policy_views import read_out
 from torch import Tensor
 
 from sessiond.errors import InvalidConfig
@@ -131,7 +132,7 @@ def test_a_fault_of_a_part_is_told_as_that_parts():
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.03), (4, 0.4), (2, 1.6)])
 def test_viewed_reads_the_inner_choice_in_few_bits(bits: int, error: float):
     seen = view()
-    taken = parse("viewed", {"of": SIEVE, "bits": bits}).selector(0, 6).step(seen)
+    taken = read_out(parse("viewed", {"of": SIEVE, "bits": bits}).selector(0, 6).step(seen), torch.float32)
     chosen = inner(seen)
     assert torch.equal(taken.positions, chosen)
     assert taken.form == f"int{bits}"
@@ -143,8 +144,8 @@ def test_viewed_reads_the_inner_choice_in_few_bits(bits: int, error: float):
 @pytest.mark.parametrize("of", [{"name": "full"}, {"name": "quest", "budget": 100, "dense_layers": 0}])
 def test_viewed_reads_all_where_the_inner_policy_takes_all(of: dict[str, Any]):
     seen = view()
-    taken = parse("viewed", {"of": of, "bits": 4}).selector(0, 6).step(seen)
-    plain = parse("int4", {}).selector(0, 6).step(seen)
+    taken = read_out(parse("viewed", {"of": of, "bits": 4}).selector(0, 6).step(seen), torch.float32)
+    plain = read_out(parse("int4", {}).selector(0, 6).step(seen), torch.float32)
     assert torch.equal(taken.positions, plain.positions)
     assert torch.equal(taken.keys, plain.keys)
     assert torch.equal(taken.values, plain.values)
@@ -180,8 +181,10 @@ def test_prior_leaves_of_the_inner_choice_what_it_keeps(n_scored: int):
 def test_prior_keeps_the_form_that_the_inner_choice_came_in():
     prior = Prior(draw(6, G, 60, seed=7).sigmoid())
     seen = view(prior=prior)
-    whole = parse("int8", {}).selector(0, 6).step(seen)
-    left = parse("prior", {"of": {"name": "int8"}, "share": 0.5}).selector(0, 6).step(seen)
+    whole = read_out(parse("int8", {}).selector(0, 6).step(seen), torch.float32)
+    narrowed = parse("prior", {"of": {"name": "int8"}, "share": 0.5}).selector(0, 6).step(seen)
+    left = read_out(narrowed, torch.float32)
+    assert (whole.whole, left.whole) == (True, False)
     assert left.positions.shape == (G, 30)
     index = left.positions[..., None].expand(-1, -1, D)
     assert torch.equal(left.keys, whole.keys.gather(1, index))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
+from policy_views import read_out
 from small_policies import SMALL
 from torch import Tensor
 
@@ -88,7 +89,9 @@ def check(answer: Answer, view: LayerView) -> None:
     if isinstance(answer, Taken):
         assert answer.form
         assert answer.nbytes > 0
-        forms = [form for form in (answer.keys, answer.values) if form is not None]
+        assert not answer.whole or positions.tolist() == [list(range(positions.shape[1]))] * len(positions)
+        told = read_out(answer, view.keys.dtype)
+        forms = [form for form in (told.keys, told.values) if form is not None]
         assert forms
         for form in forms:
             assert form.shape == (*positions.shape, D)
@@ -134,6 +137,7 @@ def test_the_same_is_answered_again(name: str):
 
 def same(one: Answer, other: Answer) -> bool:
     if isinstance(one, Taken) and isinstance(other, Taken):
+        one, other = (read_out(answer, torch.float32) for answer in (one, other))
         pairs = [(one.positions, other.positions), (one.keys, other.keys), (one.values, other.values)]
         return one.form == other.form and all(same(a, b) for a, b in pairs)
     if isinstance(one, Tensor) and isinstance(other, Tensor):

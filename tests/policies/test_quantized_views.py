@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from policy_views import read_out
 from torch import Tensor
 
 from sessiond.policies import quantized
@@ -49,8 +50,7 @@ def by_channel(keys: Tensor, bits: int, group: int) -> Tensor:
 
 
 def step(name: str, seen: LayerView, **knobs: object) -> Taken:
-    taken = parse(name, knobs).selector(0, 1).step(seen)
-    assert isinstance(taken, Taken)
+    taken = read_out(parse(name, knobs).selector(0, 1).step(seen), seen.keys.dtype)
     assert taken.positions.tolist() == [list(range(seen.turn_start))] * G
     return taken
 
@@ -108,9 +108,9 @@ def test_when_history_is_quantized_changes_no_answer(name: str, hooks: tuple[str
     """A rest covers the whole turn, of which the next one's prompt takes the last token back."""
     selector = parse(name, {"group": 8, **({"residual": 0} if name == "kivi" else {})}).selector(0, 1)
     for hook in hooks:
-        taken = getattr(selector, hook)(view(64, 64) if hook == "rest" else view(68, 63))
+        answer = getattr(selector, hook)(view(64, 64) if hook == "rest" else view(68, 63))
     fresh = parse(name, {"group": 8, **({"residual": 0} if name == "kivi" else {})}).selector(0, 1)
-    wanted = fresh.step(view(68, 63))
+    taken, wanted = (read_out(one, torch.float32) for one in (answer, fresh.step(view(68, 63))))
     assert torch.equal(taken.keys, wanted.keys)
     assert torch.equal(taken.values, wanted.values)
     assert taken.nbytes == wanted.nbytes
