@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
 from dataclasses import replace
 
 import torch
@@ -48,22 +48,19 @@ def _coded(span: ChosenSpan, bits: int) -> ChosenSpan:
 
 
 def _case(name: str, spans: list[ChosenSpan], nbytes: int, n_keys: int) -> KernelCase:
-    """`nbytes` and `n_keys` of one layer."""
-    run, reference = _over(spans)
-    return KernelCase(name, run, reference, nbytes, 2 * H * n_keys * D)
-
-
-def _over(spans: list[ChosenSpan]) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Each call is for the next layer."""
-    scratch, at = Scratch(), [0]
+    """`nbytes` and `n_keys` of one layer; each call is for the next one."""
+    scratch, turn = Scratch(), itertools.cycle(spans)
     out = torch.empty(1, H, D, dtype=torch.bfloat16)
+    span = next(turn)
 
-    def turn() -> ChosenSpan:
-        at[0] = (at[0] + 1) % len(spans)
-        return spans[at[0]]
+    def fresh() -> None:
+        nonlocal span
+        span = next(turn)
 
     def run() -> Tensor:
-        attend_chosen([turn()], [out], D**-0.5, scratch)
+        attend_chosen([span], [out], D**-0.5, scratch)
         return out
 
-    return run, lambda: attend_chosen_reference(turn(), D**-0.5)
+    return KernelCase(
+        name, run, lambda: attend_chosen_reference(span, D**-0.5), nbytes, 2 * H * n_keys * D, fresh=fresh
+    )

@@ -9,7 +9,7 @@
 
 #include "attention_inline.h"
 
-enum { FEW_PART = 256, MANY_PART = 1024, MAX_PARTS = 16, MANY_CHUNKS = 48 };
+enum { FEW_PART = 256, MANY_PART = 1024, MAX_PARTS = 8, MANY_CHUNKS = 48 };
 
 typedef void (*attention_fn)(const struct attention_piece *piece);
 

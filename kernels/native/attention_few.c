@@ -36,11 +36,11 @@ INLINE AVX512 __m512 sum_lanes(const __m512 acc[16]) {
 /* Lane j is q . k[j]. */
 INLINE AVX512 __m512 score_tile(const uint16_t *q, const uint16_t *keys, int64_t head_dim) {
     __m512 acc[16];
-    for (int j = 0; j < TILE; j++) acc[j] = _mm512_setzero_ps();
-    for (int64_t d = 0; d < head_dim; d += 32) {
-        __m512bh row = (__m512bh)_mm512_loadu_si512(q + d);
-        for (int j = 0; j < TILE; j++)
-            acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)_mm512_loadu_si512(keys + j * head_dim + d), row);
+    for (int j = 0; j < TILE; j++) { /* row by row: as they lie in memory */
+        acc[j] = _mm512_setzero_ps();
+        for (int64_t d = 0; d < head_dim; d += 32)
+            acc[j] = _mm512_dpbf16_ps(acc[j], (__m512bh)_mm512_loadu_si512(keys + j * head_dim + d),
+                                      (__m512bh)_mm512_loadu_si512(q + d));
     }
     return sum_lanes(acc);
 }
