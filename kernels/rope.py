@@ -5,7 +5,7 @@ As transformers' models apply it: the first R channels of a head are two halves 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ class Rope:
 
     inv_freq: Tensor
     scale: float = 1.0
+    _tables: list[Tensor] = field(default_factory=list, repr=False)
+
+    def table(self, n: int) -> Tensor:
+        """Cosines and sines, scaled, of at least the first `n` positions: [2, N, R / 2] fp32. Made anew to grow."""
+        if not self._tables or self._tables[0].shape[1] < n:
+            angles = torch.arange(1 << max(10, (n - 1).bit_length())).float()[:, None] * self.inv_freq
+            self._tables[:] = [torch.stack([angles.cos(), angles.sin()]) * self.scale]
+        return self._tables[0]
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
         """keys [..., K, D] fp32 at `positions` [..., K] (of the same leading shape, or [K])."""

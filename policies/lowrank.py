@@ -10,9 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sessiond.kernels.lowrank import Bases, Factors, bases_of, low_rank_keys
+from sessiond.kernels.rope import Rope
+
 AT_ONCE = 4096  # rows held in fp32 at a time
+WHOLE = 32  # a basis is filled up with zeros to so many columns: kernels take no others
 
 Rows = Callable[[int, int], Tensor]
 
@@ -36,6 +41,8 @@ class LowRank:
         self._lost = 0.0  # share of the factored rows' scatter that the basis does not hold
         empty = torch.empty(0)
         self._origin, self._mean, self._basis, self._coordinates = empty, empty, empty, empty
+        self._held_rank = 0
+        self._bases: tuple[int, Bases | None] | None = None  # of so many groups
         self._sum, self._gram = empty, empty  # of rows less `origin`: the mean is most of a key
 
     @property
@@ -44,7 +51,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        return self._basis.shape[-1]
+        return self._held_rank
 
     @property
     def nbytes(self) -> int:
@@ -72,9 +79,18 @@ class LowRank:
 
     def take(self, positions: Tensor) -> Tensor:
         """What the rows at `positions` [G, K] are about: [G, K, C / G], fp32; the columns are divided into G parts."""
-        n_parts = positions.shape[0]
-        basis = self._basis.float().view(n_parts, -1, self.rank)
-        return self._coordinates[positions].float() @ basis.mT + self._mean.view(n_parts, 1, -1)
+        return self._factors.plain(positions)
+
+    def keys(self, positions: Tensor, exact: Tensor, keys: Tensor, rope: Rope) -> Tensor:
+        """`low_rank_keys`, of keys [G, T, D] whose rows before their rotation these are."""
+        n_groups, factors = positions.shape[0], self._factors
+        if self._bases is None or self._bases[0] != n_groups:
+            self._bases = n_groups, bases_of(factors, n_groups)
+        return low_rank_keys(factors, self._bases[1], positions, exact, keys, rope)
+
+    @property
+    def _factors(self) -> Factors:
+        return Factors(self._coordinates, self._basis, self._mean)
 
     def _append(self, rows: Rows, n: int) -> bool:
         """Whether the basis holds the rows up to `n`. Those are held up to the first block which it does not."""
@@ -103,7 +119,8 @@ class LowRank:
             self._lost = 1 - float(held[rank - 1])
         else:  # nothing varies yet, and nothing is lost: the first row that does gives another basis
             rank, self._lost = 1, 0.0
-        self._basis = vectors.flip(-1)[:, :rank].to(torch.bfloat16)
+        basis = vectors.flip(-1)[:, :rank].to(torch.bfloat16)
+        self._basis, self._held_rank, self._bases = F.pad(basis, (0, -rank % WHOLE)), rank, None
         self._coordinates = torch.cat([self._project(block - self._mean) for block in _blocks(rows, 0, n)])
 
     def _add(self, block: Tensor) -> None:

@@ -158,8 +158,6 @@ class ShadowKVSelector(Selector):
     def _taken(self, view: LayerView, positions: Tensor, exact: Tensor) -> Taken:
         """Keys at `positions` [G, K], those from the factors that are not `exact` [G, K]."""
         assert view.rope is not None
-        keys = view.rope.rotate(self._factors.take(positions), positions).to(view.keys.dtype)
-        groups, places = exact.nonzero(as_tuple=True)
-        keys[groups, places] = view.keys[groups, positions[groups, places]]
+        keys = self._factors.keys(positions, exact, view.keys, view.rope)
         n_exact = int(exact.sum()) // len(exact)
         return Taken(positions, keys, None, "low rank", self._factors.nbytes, n_exact)

@@ -309,6 +309,24 @@ void run_product(const struct product *product, int n_threads) {
     parallel_chunks(fn, &shared, (tiles + each - 1) / each, n_threads);
 }
 
+void few_rows_product(const struct matrix *matrix, const uint16_t *x, int n_rows, float *out) {
+    const struct operand in = {.bf16 = (uint16_t *)x, .n = matrix->n_in};
+    const int64_t tiles = matrix->n_out / LANES;
+    for (int row = 0; row < n_rows;)
+        for (int64_t tile = 0, done = 0; tile < tiles; tile += TILES) {
+            int64_t n_tiles = tiles - tile < TILES ? tiles - tile : TILES;
+            results found;
+#if HAVE_X86
+            if (isa() == ISA_AVX512) done = some_rows_avx512(matrix, &in, tile, n_tiles, row, n_rows - row, found);
+            else
+#endif
+                for (int64_t t = 0; t < n_tiles; t++) tile_plain(matrix, &in, tile + t, row, (int)(done = n_rows - row), found, (int)t * LANES);
+            for (int64_t r = 0; r < done; r++)
+                for (int64_t i = 0; i < n_tiles * LANES; i++) out[(row + r) * matrix->n_out + tile * LANES + i] = found[r][i];
+            if (tile + TILES >= tiles) row += (int)done;
+        }
+}
+
 /* ---- operands ---- */
 
 static int64_t whole_lines(int64_t nbytes) { return (nbytes + 63) / 64 * 64; }

@@ -76,4 +76,7 @@ struct product {
 
 void run_product(const struct product *product, int n_threads);
 
+/* out [n_rows][n_out] = x [n_rows][n_in] @ matrix.T of 16 bits, on the calling thread; n_rows <= 8, n_out % 16 == 0. */
+void few_rows_product(const struct matrix *matrix, const uint16_t *x, int n_rows, float *out);
+
 #endif

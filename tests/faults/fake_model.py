@@ -108,6 +108,9 @@ class FakeModel:
     def new_cache(self) -> SessionCache:
         return SessionCache(self.shape, self.max_context)
 
+    def numerics_profile(self, threads: int) -> dict[str, str]:
+        return {"layers": "fake", "attention": "fake", "threads": str(threads)}
+
     def warm_up(self, cell_tokens: int) -> None:
         """Nothing is cold."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sessiond.policies import lowrank
-from sessiond.policies.lowrank import LowRank
+from sessiond.policies.lowrank import WHOLE, LowRank
 
 C = 12
 PARTS = 3
@@ -233,7 +233,7 @@ def test_rows_that_are_all_the_same_are_their_mean():
 def test_memory_is_that_of_coordinates_and_basis_in_two_bytes_and_of_the_sums():
     factors = LowRank(4, 1.0, 0.05)
     cover(factors, of_rank(4, 100))
-    assert factors.nbytes == 2 * 4 * (100 + C) + 4 * (3 * C + C * C)
+    assert factors.nbytes == 2 * WHOLE * (100 + C) + 4 * (3 * C + C * C)
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -14,6 +14,7 @@ from torch import Tensor
 from sessiond.errors import InvalidConfig
 from sessiond.kernels.rope import Rope
 from sessiond.policies.base import LayerView, ModelFacts, Taken
+from sessiond.policies.lowrank import WHOLE
 from sessiond.policies.registry import parse
 from sessiond.policies.shadowkv import ShadowKV, ShadowKVSelector
 
@@ -286,7 +287,7 @@ def test_a_scan_tells_the_landmarks_and_memory_all_that_is_held():
     assert shadow.scan is not None
     assert (shadow.scan.form, shadow.scan.n_tokens) == ("landmarks", 4 * n_ranked)
     assert shadow.scan.nbytes == 2 * G * n_ranked * D
-    factors = 2 * RANK * (63 + G * D) + 4 * (3 * G * D + (G * D) ** 2)
+    factors = 2 * WHOLE * (63 + G * D) + 4 * (3 * G * D + (G * D) ** 2)
     assert (taken.form, taken.nbytes) == ("low rank", factors)
     assert shadow.nbytes == factors + G * n_chunks * (2 * D + 4) + G * n_ranked
 
