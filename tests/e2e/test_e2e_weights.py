@@ -42,7 +42,7 @@ async def test_it_computes_with_the_quantized_matrices_and_says_so(daemons: Daem
     assert isinstance(daemon.desk.engine.model.module.model.layers[0].mlp.up_proj, BlockLinear)
     info = await quantized.call(quantized.admin.GetServerInfo, admin_pb2.GetServerInfoRequest())
     assert f'"kind":"{kind}"' in info.identity.fields["quantization"]
-    assert "blocks" in info.numerics_profile.fields
+    assert "layers" in info.numerics_profile.fields
 
 
 async def test_a_session_resumes_exactly_after_a_restart(daemons: Daemons, tmp_path: Path, quantized: Peer, kind: str):
