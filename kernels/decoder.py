@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sessiond.kernels.blockweights import BLOCK
 from sessiond.kernels.matrix import Matrix
 from sessiond.kernels.native_library import ffi, lib
 
 GATES = ("silu", "gelu_tanh")
+MOST_HEAD_DIM = 256  # rows of a head stand on the kernel's stack
+TILE = 16  # keys that attention reads together
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,9 @@ class Decoder:
     """Compiled layers. One step at a time."""
 
     def __init__(self, shape: DecoderShape, layers: Sequence[DecoderLayer], norm: Tensor, head: Matrix) -> None:
-        """`norm` fp32 [hidden] and `head` make logits of the last layer's rows."""
+        """`norm` fp32 [hidden] and `head` make logits of the last layer's rows. Raises ValueError for parts that do
+        not fit together."""
+        _check_parts(shape, layers, norm, head)
         self.shape, self.layers, self.head = shape, list(layers), head
         self._norm = norm
         gate = GATES.index(shape.gate)
@@ -87,7 +92,9 @@ class Decoder:
 
     def step(self, hidden: Tensor, angles: Tensor, sessions: Sequence[SessionRows]) -> DecoderStep:
         """Begin a step of rows `hidden` [N, hidden] fp32, which become the residual stream. `angles`
-        [2, tables, N, rotary / 2] fp32: cosines and sines of the rows' positions."""
+        [2, tables, N, rotary / 2] fp32: cosines and sines of the rows' positions. Sessions stand in the order of their
+        rows, and cover them. Raises ValueError, also for positions beyond a session's memory."""
+        _check_step(self, hidden, angles, sessions)
         return DecoderStep(self, hidden, angles, sessions)
 
     def work_for(self, rows: int) -> Tensor:
@@ -147,7 +154,10 @@ class DecoderStep:
         lib.decoder_run(decoder._struct, decoder._layers, self._struct, first, last, scratch, self._threads)
 
     def logits(self, rows: Sequence[int]) -> Tensor:
-        """Of these rows: [len(rows), V] fp32."""
+        """Of these rows: [len(rows), V] fp32. Raises ValueError."""
+        n_rows = len(self.hidden)
+        if len(rows) > n_rows or any(not 0 <= row < n_rows for row in rows):
+            raise ValueError(f"logits of rows {list(rows)} of {n_rows}")
         decoder = self._decoder
         out = torch.empty(len(rows), decoder.head.n_out)
         if rows:
@@ -155,6 +165,58 @@ class DecoderStep:
             struct, head, n = decoder._struct, decoder.head.struct, len(rows)
             lib.decoder_logits(struct, norm, head, self._struct, wanted, n, out.data_ptr(), self._threads)
         return out
+
+
+def _check_parts(shape: DecoderShape, layers: Sequence[DecoderLayer], norm: Tensor, head: Matrix) -> None:
+    s = shape
+    if s.head_dim % BLOCK or not 0 < s.head_dim <= MOST_HEAD_DIM or s.n_heads % s.n_groups:
+        raise ValueError(f"{s.n_heads} heads of {s.head_dim} in {s.n_groups} groups")
+    if s.hidden % BLOCK or s.inner % BLOCK or s.rotary % 2 or not 0 <= s.rotary <= s.head_dim:
+        raise ValueError(f"widths of {s.hidden} and {s.inner}, {s.rotary} channels that rotate")
+    width = s.n_heads * s.head_dim
+    sizes = {
+        "qkv": (width + 2 * s.n_groups * s.head_dim, s.hidden),
+        "out": (s.hidden, width),
+        "gate_up": (2 * s.inner, s.hidden),
+        "down": (s.hidden, s.inner),
+    }
+    norms = dict.fromkeys(("before_attention", "after_attention", "before_mlp", "after_mlp"), s.hidden)
+    norms |= {"query_norm": s.head_dim, "key_norm": s.head_dim}
+    for layer in layers:
+        for name, size in sizes.items():
+            matrix: Matrix = getattr(layer, name)
+            if (matrix.n_out, matrix.n_in) != size:
+                raise ValueError(f"{name} is {matrix.n_out} by {matrix.n_in}, not {size[0]} by {size[1]}")
+        for name, n in norms.items():
+            _check_norm(name, getattr(layer, name), n)
+    _check_norm("the last norm", norm, s.hidden)
+    if head.n_in != s.hidden:
+        raise ValueError(f"the head has {head.n_in} inputs, not {s.hidden}")
+
+
+def _check_norm(name: str, norm: Tensor | None, n: int) -> None:
+    if norm is not None and (norm.shape != (n,) or norm.dtype is not torch.float32 or not norm.is_contiguous()):
+        raise ValueError(f"{name} of shape {tuple(norm.shape)} and type {norm.dtype}, not fp32 [{n}]")
+
+
+def _check_step(decoder: Decoder, hidden: Tensor, angles: Tensor, sessions: Sequence[SessionRows]) -> None:
+    n, n_tables = len(hidden), 1 + max((layer.rope for layer in decoder.layers), default=0)
+    for name, part in (("hidden", hidden), ("angles", angles)):
+        if part.dtype is not torch.float32 or not part.is_contiguous() or not part.is_cpu:
+            raise ValueError(f"{name} of type {part.dtype} on {part.device}, or not in one run")
+    if hidden.shape[1:] != (decoder.shape.hidden,):
+        raise ValueError(f"hidden is {tuple(hidden.shape)}")
+    if angles.shape[0] != 2 or angles.shape[1] < n_tables or angles.shape[2:] != (n, decoder.shape.rotary // 2):
+        raise ValueError(f"angles are {tuple(angles.shape)}, for {n} rows and {n_tables} tables")
+    row = 0
+    for s in sessions:
+        if s.row != row or s.n_new < 1:
+            raise ValueError(f"{s.n_new} rows of a session at {s.row}, where row {row} is next")
+        if s.position < 0 or -(-(s.position + s.n_new) // TILE) * TILE > s.capacity:
+            raise ValueError(f"{s.n_new} positions from {s.position} on, of {s.capacity} in whole tiles of {TILE}")
+        row += s.n_new
+    if row != n:
+        raise ValueError(f"sessions cover {row} rows of {n}")
 
 
 def _fill(target: Any, layer: DecoderLayer) -> None:

@@ -47,7 +47,7 @@ def read_blocks(path: Path) -> dict[str, BlockWeights]:
                 )
                 for name in sorted(one.removesuffix(".codes") for one in names if one.endswith(".codes"))
             }
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, IndexError, RuntimeError, SafetensorError) as error:
         raise ModelCorrupt(f"{path} cannot be read: {error}", path=path) from error
 
 

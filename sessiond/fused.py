@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sessiond.kernels.blockweights import BLOCK, BlockWeights, quantize
-from sessiond.kernels.decoder import Decoder, DecoderLayer, DecoderShape, DecoderStep
-from sessiond.kernels.matrix import Matrix, interleaved, stacked
+from sessiond.kernels.decoder import MOST_HEAD_DIM, Decoder, DecoderLayer, DecoderShape, DecoderStep
+from sessiond.kernels.matrix import GATE_RUN, Matrix, interleaved, stacked
 from sessiond.kernels.native_library import BUILT
 from sessiond.modelweights import BlockLinear
 
 _GATES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_MOST_HEAD_DIM = 256
 
 
 class Fused:
@@ -60,9 +59,11 @@ class Fused:
 def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
     """The compiled decoder of a causal language model; None where it cannot compute this one.
 
+    It takes the weights of the layers out of `module` (`let_go`), which then has no forward of its own.
+
     `windows`: keys that a query sees in each layer, 0: all.
     """
-    config, model = module.config.get_text_config(), module.model
+    config, model = module.config.get_text_config(), getattr(module.model, "language_model", module.model)
     gate = _GATES.get(getattr(config, "hidden_activation", None) or config.hidden_act)
     frequencies = _frequencies(model.rotary_emb)
     first = model.layers[0].self_attn
@@ -71,7 +72,9 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
         return None
     if getattr(config, "attn_logit_softcapping", None):
         return None
-    if config.hidden_size % BLOCK or config.intermediate_size % BLOCK or head_dim % BLOCK or head_dim > _MOST_HEAD_DIM:
+    if not all(_is_plain(child) for child in (module.lm_head, *model.modules())):
+        return None
+    if config.hidden_size % BLOCK or config.intermediate_size % BLOCK or head_dim % BLOCK or head_dim > MOST_HEAD_DIM:
         return None
     shape = DecoderShape(
         config.hidden_size,
@@ -84,7 +87,10 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
         float(config.rms_norm_eps),
     )
     kinds = list(frequencies)
-    layers = [_layer(layer, shape, kinds, window) for layer, window in zip(model.layers, windows, strict=True)]
+    layers = []
+    for layer, window in zip(model.layers, windows, strict=True):
+        layers.append(_layer(layer, shape, kinds, window))
+        let_go(layer)  # now, not when all have been copied: memory never holds the weights twice
     decoder = Decoder(shape, layers, _norm(model.norm), _matrix([module.lm_head], lambda parts: parts[0]))
     softcap = getattr(config, "final_logit_softcapping", None)
     return Fused(decoder, model.embed_tokens, list(frequencies.values()), softcap)
@@ -97,6 +103,13 @@ def let_go(module: Any) -> None:
             linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
         elif isinstance(linear, BlockLinear):
             linear.weights = None
+
+
+def _is_plain(child: nn.Module) -> bool:
+    """Whether a module computes by its class alone, and is no adapter around a linear layer."""
+    if child._forward_hooks or child._forward_pre_hooks:
+        return False
+    return not hasattr(child, "base_layer") and (not isinstance(child, nn.Linear) or type(child) is nn.Linear)
 
 
 def _layer(layer: Any, shape: DecoderShape, kinds: list[str], window: int) -> DecoderLayer:
@@ -127,13 +140,23 @@ def _qkv(attention: Any) -> Matrix:
 
 
 def _gate_up(mlp: Any, inner: int) -> Matrix:
+    def turns(bias: Tensor) -> Tensor:
+        return bias.view(2, -1, GATE_RUN).transpose(0, 1).flatten()
+
     if not hasattr(mlp, "gate_up_proj"):
-        return _matrix([mlp.gate_proj, mlp.up_proj], lambda parts: interleaved(*parts))
-    return _matrix([mlp.gate_up_proj], lambda parts: interleaved(*_halves(parts[0], inner)))
+        return _matrix([mlp.gate_proj, mlp.up_proj], lambda parts: interleaved(*parts), turns)
+    return _matrix([mlp.gate_up_proj], lambda parts: interleaved(*_halves(parts[0], inner)), turns)
 
 
-def _matrix(linears: Sequence[nn.Module], join: Callable[[Any], Tensor | BlockWeights | None]) -> Matrix:
-    """Linear layers as one matrix. Parts in different kinds of blocks become 8-bit ones, which lose least."""
+def _matrix(
+    linears: Sequence[nn.Module],
+    join: Callable[[Any], Tensor | BlockWeights | None],
+    order: Callable[[Tensor], Tensor] | None = None,
+) -> Matrix:
+    """Linear layers as one matrix. Parts in different kinds of blocks become 8-bit ones, which lose least.
+
+    `order`: brings the biases, one after the other, into the order of `join`'s outputs, if that is another.
+    """
     weights = [_weight(linear) for linear in linears]
     joined = join(weights)
     if joined is None:
@@ -143,7 +166,8 @@ def _matrix(linears: Sequence[nn.Module], join: Callable[[Any], Tensor | BlockWe
     if all(bias is None for bias in biases):
         return Matrix(joined)
     given = [torch.zeros(w.shape[0]) if bias is None else bias.float() for bias, w in zip(biases, weights, strict=True)]
-    return Matrix(joined, torch.cat(given))
+    bias = torch.cat(given)
+    return Matrix(joined, bias if order is None else order(bias))
 
 
 def _weight(linear: Any) -> Tensor | BlockWeights:

@@ -114,7 +114,8 @@ class Model:
 
     def _all_alike(self) -> list[str]:
         """Kinds of the layers of a config that does not list them."""
-        window = getattr(self.config, "sliding_window", None)
+        # A config keeps what it does not know: a Llama made of another model may tell of a window that it has not.
+        window = None if self.config.model_type == "llama" else getattr(self.config, "sliding_window", None)
         return ["sliding_attention" if window else "full_attention"] * self.shape.n_layers
 
     @property

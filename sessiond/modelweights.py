@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sessiond.blockfile import read_blocks
@@ -22,6 +23,8 @@ from sessiond.errors import ModelCorrupt
 from sessiond.kernels.blockweights import BLOCK, BlockWeights, linear_blocks_reference, quantize
 from sessiond.modelcheck import BLOCKS
 from sessiond.types import WeightsKind
+
+_LOOKED_AT = 16  # rows of kept codes
 
 
 def load_blocks(path: Path, module: Any, kind: WeightsKind, *, kept: bool = True) -> dict[str, BlockWeights]:
@@ -49,8 +52,22 @@ def load_blocks(path: Path, module: Any, kind: WeightsKind, *, kept: bool = True
                 raise ModelCorrupt(f"{name} of {path} cannot be quantized: {error}", path=path) from error
         elif weights.shape != child.weight.shape:
             raise ModelCorrupt(f"{path / BLOCKS} has {name} in another shape", path=path)
+        elif not _belong(weights, child.weight):
+            raise ModelCorrupt(f"{path / BLOCKS} has codes of other weights than those of {name}", path=path)
         found[f"{name}.weight"] = weights
     return found
+
+
+def _belong(kept: BlockWeights, weight: Tensor) -> bool:
+    """Whether kept codes are those of a weight, by its first rows: to look at all would take as long as loading.
+
+    A weight loaded as fp16 is no longer what the codes were proven against, and passes.
+    """
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return True
+    lows = None if kept.lows is None else kept.lows[:_LOOKED_AT]
+    first = BlockWeights(kept.bits, kept.codes[:_LOOKED_AT], kept.scales[:_LOOKED_AT], lows)
+    return torch.equal(first.dequantize(torch.bfloat16), weight[:_LOOKED_AT].to(torch.bfloat16))
 
 
 class BlockLinear(nn.Module):

@@ -38,7 +38,9 @@ def test_two_codes_of_four_bits_share_a_byte(tmp_path: Path) -> None:
     assert load_file(tmp_path / "b")["w.codes"].tolist() == [[n | n << 4 for n in range(16)]]
 
 
-@pytest.mark.parametrize("damage", ["missing", "garbage", "no scales", "scales of another shape"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "garbage", "no scales", "scales of another shape", "codes in no blocks", "flat"]
+)
 def test_a_damaged_file_is_a_typed_error(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "b"
     codes, scales = torch.zeros(2, 64, dtype=torch.uint8), torch.zeros(2, 2).half()
@@ -48,5 +50,9 @@ def test_a_damaged_file_is_a_typed_error(tmp_path: Path, damage: str) -> None:
         save_file({"w.codes": codes}, path)
     elif damage == "scales of another shape":
         save_file({"w.codes": codes, "w.scales": scales[:1]}, path)
+    elif damage == "codes in no blocks":
+        save_file({"w.codes": codes[:, :5].contiguous(), "w.scales": scales, "w.lows": scales.clone()}, path)
+    elif damage == "flat":
+        save_file({"w.codes": codes.flatten(), "w.scales": scales, "w.lows": scales.clone()}, path)
     with pytest.raises(ModelCorrupt, match="cannot be read"):
         read_blocks(path)

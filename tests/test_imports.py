@@ -63,6 +63,8 @@ LAYERS: list[list[str]] = [
     ["template", "sampling", "textstream"],
     ["templateprobe"],
     ["model", "ggufconvert"],
+    ["forward"],
+    ["fused"],
     ["modelweights", "ggufblocks"],
     ["blockfile"],
     ["attention"],
@@ -109,7 +111,7 @@ RESTRICTED: dict[str, list[str]] = {
     "transformers": ["model", "attention", "cache", "ggufconvert"],
     "torch": [
         "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "reading",
-        "policies.*", "kernels.*", "modelweights", "ggufconvert", "ggufblocks", "blockfile",
+        "policies.*", "kernels.*", "forward", "fused", "modelweights", "ggufconvert", "ggufblocks", "blockfile",
     ],
     "lmdb": ["storage.*"],
     "sqlalchemy": ["storage.*", "doctor_place"],

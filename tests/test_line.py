@@ -58,8 +58,21 @@ def test_who_leaves_gives_its_place_to_the_others(add):
     line.remove(first)
     assert chosen(line, 2) == ["b1", "b1"]
     assert [work.turn_id for work in line] == ["b1"]
-    with pytest.raises(ValueError, match="not in list"):
+    with pytest.raises(ValueError, match="not in line"):
         line.remove(first)
+
+
+def test_tenants_that_come_again_and_again_do_not_pass_who_waits(add):
+    line, served = Line(), Counter()
+    for name in ("a", "b", "c"):
+        add(line, name)
+    for _ in range(12):
+        work = line.next()
+        served[work.tenant] += 1
+        if work.tenant != "a":  # its only piece: it leaves, and its tenant's next turn comes at once
+            line.remove(work)
+            add(line, work.tenant)
+    assert served == {"a": 4, "b": 4, "c": 4}
 
 
 def test_higher_priority_goes_first_among_the_turns_of_a_tenant(add):

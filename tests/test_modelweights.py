@@ -154,6 +154,18 @@ def test_codes_that_do_not_fit_the_model_are_refused(converted: Path, tmp_path: 
         load_blocks(converted, module, "int4")
 
 
+def test_codes_of_another_conversion_are_refused(source: Path, converted: Path, tmp_path: Path) -> None:
+    other = kept_blocks(write_gguf(tmp_path / "other.gguf", types=TYPES, seed=1), load(converted))
+    assert not other, "proven against the converted weights, they would not have been kept"
+    kept = read_blocks(converted / BLOCKS)
+    first, second = (f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1))
+    write_blocks(tmp_path / BLOCKS, {first: kept[second]})
+    with pytest.raises(ModelCorrupt, match=r"other weights than those of model\.layers\.0\.mlp\.down_proj"):
+        load_blocks(tmp_path, load(converted), "int4")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        load_blocks(converted, load(converted).to(dtype), "int4")
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_loaded_model_computes_with_its_codes(converted: Path, kind: str) -> None:
     model = Model.load(converted, torch.bfloat16, kind)
