@@ -63,6 +63,8 @@ LAYERS: list[list[str]] = [
     ["template", "sampling", "textstream"],
     ["templateprobe"],
     ["model", "ggufconvert"],
+    ["forward"],
+    ["fused"],
     ["modelweights", "ggufblocks"],
     ["blockfile"],
     ["attention"],
@@ -110,6 +112,7 @@ RESTRICTED: dict[str, list[str]] = {
     "torch": [
         "server", "engine", "scheduler", "sampling", "model", "attention", "cache", "selection", "reading",
         "policies.*", "kernels.*", "modelweights", "ggufconvert", "ggufblocks", "blockfile",
+        "forward", "fused",
     ],
     "lmdb": ["storage.*"],
     "sqlalchemy": ["storage.*", "doctor_place"],
