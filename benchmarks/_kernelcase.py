@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+COLD_BYTES = 1 << 27  # of data that takes turns, so that none of it is found in a cache
+
+
+def n_cold(nbytes: int) -> int:
+    """How many sets of so many bytes take turns."""
+    return max(2, -(-COLD_BYTES // nbytes))
+
 
 @dataclass(frozen=True, slots=True)
 class KernelCase:

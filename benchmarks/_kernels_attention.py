@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
-from _kernelcase import KernelCase
+from _kernelcase import KernelCase, n_cold
 from torch import Tensor
 
 from sessiond.kernels.attention import AttentionSpan, Scratch, attend_reference, attend_spans
 
 N_HEADS, N_GROUPS, HEAD_DIM = 9, 3, 64
 SCALING = HEAD_DIM**-0.5
-COLD_BYTES = 1 << 27  # of keys and values that take turns, so that none is found in a cache
-MOST_SETS = 32
 CELL = 128
 
 
@@ -30,19 +29,24 @@ def _case(name: str, n_new: int, position: int, *, n_sessions: int = 1, figure: 
     """`n_sessions` with `n_new` tokens each after `position` others."""
     n_keys = position + n_new
     nbytes = 2 * 2 * n_sessions * N_GROUPS * n_keys * HEAD_DIM  # keys and values, two bytes each
-    n_sets = max(2, min(MOST_SETS, COLD_BYTES // nbytes))
-    first, *others = [_spans(n_sessions, n_new, position) for _ in range(n_sets)]
-    turn = itertools.cycle([*others, first])
-    scratch, spans = Scratch(), first
+    scratch, spans = Scratch(), _spans(n_sessions, n_new, position)
+    turn = itertools.cycle([[_copy(span) for span in spans] for _ in range(n_cold(nbytes))])
 
     def fresh() -> None:
         nonlocal spans
         spans = next(turn)
 
+    def run() -> Tensor:
+        attend_spans(spans, None, SCALING, scratch)
+        return spans[-1].out
+
+    def reference() -> Tensor:
+        return [_reference(span, scratch) for span in spans][-1]
+
     return KernelCase(
         name=name,
-        run=lambda: attend_spans(spans, None, SCALING, scratch),
-        reference=lambda: [_reference(span, scratch) for span in spans],
+        run=run,
+        reference=reference,
         nbytes=nbytes,
         multiply_adds=2 * n_sessions * N_HEADS * HEAD_DIM * sum(range(position + 1, n_keys + 1)),
         kind="bf16",
@@ -63,6 +67,10 @@ def _spans(n_sessions: int, n_new: int, position: int) -> list[AttentionSpan]:
         )
         for _ in range(n_sessions)
     ]
+
+
+def _copy(span: AttentionSpan) -> AttentionSpan:
+    return replace(span, keys=span.keys.clone(), values=span.values.clone())
 
 
 def _reference(span: AttentionSpan, scratch: Scratch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cases of the kernels that choose tokens: 8,192 tokens of SmolLM2's shape, in 30 layers so that no cache holds all."""
+"""Cases of the kernels that choose tokens: 8,192 tokens of SmolLM2's shape, in more layers than any cache holds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Callable
 from itertools import count
 
 import torch
-from _kernelcase import KernelCase
+from _kernelcase import KernelCase, n_cold
 from torch import Tensor
 
 from sessiond.kernels import heaviest, key_codes, page_bounds, quantize, rocket, top
 
 G, R, D = 3, 3, 64
-N, N_LAYERS = 8192, 30
+N = 8192
 ENOUGH = heaviest.Enough(0.99, 64, 512)
 SET, PAGE, CHANNELS, CHOSEN = 2186, 3, 40, 256  # RocketKV's stage 2 with a budget of 512
 
@@ -33,7 +33,7 @@ def _in_turn(fn: Callable[[Tensor], object], layers: list[Tensor]) -> Callable[[
 def _tiles(keys: Tensor, bits: int) -> list[Tensor]:
     tiles = torch.zeros(G, N // key_codes.TILE, key_codes.tile_bytes(D, bits), dtype=torch.uint8)
     key_codes.pack(keys, tiles, 0, bits)
-    return [tiles.clone() for _ in range(N_LAYERS)]
+    return [tiles.clone() for _ in range(n_cold(tiles.nbytes))]
 
 
 def _scores(keys: Tensor, query: Tensor, bits: int) -> KernelCase:
@@ -59,14 +59,14 @@ def _sieve(keys: Tensor, query: Tensor) -> KernelCase:
     )
 
 
-def _bounds(keys: Tensor, size: int) -> Tensor:
+def _bounds(keys: Tensor, size: int) -> list[Tensor]:
     bounds = torch.empty(2, G, -(-keys.shape[1] // size), D, dtype=keys.dtype)
     page_bounds.extend(keys, bounds, 0, size)
-    return bounds
+    return [bounds.clone() for _ in range(n_cold(bounds.nbytes))]
 
 
 def _pages(keys: Tensor, query: Tensor) -> list[KernelCase]:
-    layers = [_bounds(keys, 4) for _ in range(N_LAYERS)]
+    layers = _bounds(keys, 4)
     n_pages = N // 4
     scored = KernelCase(
         f"quest's bounds of {n_pages} pages",
@@ -79,7 +79,7 @@ def _pages(keys: Tensor, query: Tensor) -> list[KernelCase]:
 
 
 def _rocket(keys: Tensor, query: Tensor) -> KernelCase:
-    layers = [_bounds(keys[:, :SET], PAGE) for _ in range(N_LAYERS)]
+    layers = _bounds(keys[:, :SET], PAGE)
     args = (CHANNELS, CHOSEN, D**-0.5)
     return KernelCase(
         f"RocketKV's choice in a turn set of {SET}",

@@ -71,6 +71,8 @@ def attend_chosen(spans: Sequence[ChosenSpan], out: Sequence[Tensor], scaling: f
     """
     for span in spans:
         _check(span)
+    if len({(len(span.query), span.keys.shape[::2], span.query.dtype) for span in spans}) > 1:
+        raise ValueError("spans of different heads or types")
     if not all(supported(span) for span in spans):
         for span, into in zip(spans, out, strict=True):
             into.copy_(attend_chosen_reference(span, scaling))
@@ -162,8 +164,9 @@ def _check_form(form: Tensor | CodedRows, span: ChosenSpan) -> None:
 def _struct(span: ChosenSpan, out: Tensor) -> tuple[object, ...]:
     """`struct chosen_span` of kernels/native/chosen.h."""
     query, keys, values, chosen, own = span.query, span.keys, span.values, span.chosen, span.own
-    if out.shape != (query.shape[1], query.shape[0], query.shape[2]) or not out.is_contiguous():
-        raise ValueError(f"out of shape {tuple(out.shape)}")
+    right = out.shape == (query.shape[1], query.shape[0], query.shape[2]) and out.dtype is query.dtype and out.is_cpu
+    if not right or not out.is_contiguous():
+        raise ValueError(f"out of shape {tuple(out.shape)} and type {out.dtype}")
     return (
         query.data_ptr(),
         out.data_ptr(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sessiond.kernels.coded import CodedRows, unpack
+from sessiond.kernels.coded import CodedRows
 from sessiond.kernels.quantize import quantize
 from sessiond.policies.base import ModelFacts, Taken
 from sessiond.policies.choosing import first
@@ -84,10 +84,6 @@ class Codes:
             codes[:, : self.n] = self._codes[:, : self.n]
             scales[:, : self.n] = self._scales[:, : self.n]
         self._codes, self._scales = codes, scales
-
-    def _unpack(self, packed: Tensor) -> Tensor:
-        """The codes [..., D] of bytes [..., B]."""
-        return unpack(packed, self._bits, self._width)
 
 
 class QuantizedKV:

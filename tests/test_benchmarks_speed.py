@@ -9,15 +9,19 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from engine_harness import CELL, Session, make_pair, random_ids
+from kernel_marks import needs_build
 from test_benchmarks import FOLDER, load
 
-from sessiond.model import Model
+from sessiond.scheduler import Scheduler
+from sessiond.stepevents import Ended
 
 
 @pytest.fixture
@@ -263,22 +267,20 @@ def test_own_share_is_what_the_forward_leaves(monkeypatch: pytest.MonkeyPatch) -
         ours.own_share(before, before)
 
 
-def test_time_in_the_forward_is_counted_even_when_it_raises() -> None:
-    class Slow(Model):
-        forward_seconds = 0.0
+def test_time_in_the_forward_is_counted_even_when_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_pair("llama").ours
 
-        def __init__(self) -> None:
-            """Nothing is loaded."""
+    def slow(*_: object) -> None:
+        time.sleep(0.05)
+        raise ZeroDivisionError
 
-        @property
-        def module(self) -> Any:
-            time.sleep(0.05)
-            raise ZeroDivisionError
-
-    model = Slow()
-    with pytest.raises(ZeroDivisionError):
-        model.step([], [])
-    assert 0.05 <= model.forward_seconds < 5
+    monkeypatch.setattr(model, "begin", slow)
+    scheduler = Scheduler(model, CELL)
+    scheduler.add(Session(model).turn(random_ids(5, 1), 2))
+    [end] = scheduler.step()
+    assert isinstance(end, Ended)
+    assert isinstance(end.error, ZeroDivisionError)
+    assert 0.05 <= scheduler.counters.forward_seconds < 5
 
 
 @pytest.mark.model
@@ -363,7 +365,22 @@ def test_names_of_cases_differ(kernels: ModuleType) -> None:
         kernels.check_names([case(kernels), case(kernels)])
 
 
-def test_every_file_of_cases_is_found(kernels: ModuleType) -> None:
-    assert {one.name for one in kernels.load_cases(["linear"])} >= {"linear bf16 1x576x1536"}
+def test_every_file_of_cases_is_found_and_gives_the_issues_figures(kernels: ModuleType) -> None:
+    topics = {path.stem.removeprefix("_kernels_") for path in FOLDER.glob("_kernels_*.py")}
+    assert topics >= {"attention", "matrix", "scoring", "views"}
+    with_figures = {one.figure: one for one in kernels.load_cases(["attention", "scoring"]) if one.figure}
+    assert set(with_figures) == {"attention_bandwidth_share", "score_bandwidth_share"}
     with pytest.raises(ValueError, match="nothing_such"):
         kernels.load_cases(["nothing_such"])
+
+
+@needs_build
+def test_what_has_a_figure_is_held_against_its_reference(kernels: ModuleType) -> None:
+    for one in kernels.load_cases(["attention", "scoring"]):
+        if one.figure:
+            with torch.inference_mode():
+                assert isinstance(one.run(), torch.Tensor)
+                kernels.check_agreement(one)
+                wrong = replace(one, reference=lambda one=one: one.reference() * 1.1)
+                with pytest.raises(RuntimeError, match="from its reference"):
+                    kernels.check_agreement(wrong)

@@ -113,10 +113,10 @@ INLINE AVX512 void find_rows(const struct chunk *chunk, const struct room *room,
     }
 }
 
-/* 32 bits at a time of 16 rows of `n` of them, turned: lane j of out[i] is row j's. */
-INLINE AVX512 void turn_words(const uint8_t *const *rows, int64_t n, __m512i *out) {
+/* 32 bits at a time of 16 rows of `n` of them, turned: lane j of out[i] is row j's. `ascending`: they stand in order. */
+INLINE AVX512 void turn_words(const uint8_t *const *rows, int64_t n, int ascending, __m512i *out) {
     __m512i in[16];
-    if (n <= 2 && rows[15] - rows[0] == 15 * 4 * n) { /* one behind the other */
+    if (ascending && n <= 2 && rows[15] - rows[0] == 15 * 4 * n) { /* one behind the other */
         in[0] = _mm512_loadu_si512(rows[0]), in[1] = _mm512_loadu_si512(rows[0] + (n - 1) * 64);
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         out[0] = n == 1 ? in[0] : _mm512_permutex2var_epi32(in[0], even, in[1]);
@@ -137,7 +137,7 @@ INLINE AVX512 void spread_scales(const struct chunk *chunk, const struct room *r
     for (int64_t j = 0; j < count; j += TILE) {
         __m512i turned[16];
         __m512 words[2 * MAX_GROUPS];
-        turn_words(rows + j, n, turned);
+        turn_words(rows + j, n, !chunk->chosen, turned); /* chosen ones may come in any order */
         for (int64_t i = 0; i < n; i++) {
             words[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(turned[i], 16));
             words[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(turned[i], _mm512_set1_epi32((int)0xFFFF0000)));

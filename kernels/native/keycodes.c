@@ -3,9 +3,6 @@
 #include "quantize_inline.h"
 #include "keycodes.h"
 
-/* Bytes of a tile of 16 keys. */
-int64_t key_tile_bytes(int64_t head_dim, int bits) { return code_shape(head_dim, bits).tile_bytes; }
-
 static void plain(const struct code_shape *shape, const uint8_t *tiles, int64_t n_tiles, const struct code_query *query,
                   int64_t n_rows, float scaling, float *scores, int64_t stride) {
     for (int64_t t = 0; t < n_tiles; t++)
@@ -105,7 +102,7 @@ static AVX512 void pack_chunk_avx512(void *arg, int64_t group) { pack_group(arg,
 #endif
 
 /* Codes of `n` keys that stand at [first, first + n) of each group. `rows`: the first of them, [n_groups][n][head_dim]
-   with the strides in elements, bf16 or fp32; `tiles` [n_groups][..][key_tile_bytes], its stride in bytes.
+   with the strides in elements, bf16 or fp32; `tiles` [n_groups][..][tile_bytes], its stride in bytes.
    head_dim <= 256. */
 void key_codes_pack(uintptr_t rows, int is_bf16, int64_t row_group_stride, int64_t row_stride, uintptr_t tiles,
                     int64_t tile_group_stride, int64_t n_groups, int64_t first, int64_t n, int64_t head_dim, int bits,

@@ -4,7 +4,6 @@
 
 #include <stdint.h>
 
-int64_t key_tile_bytes(int64_t head_dim, int bits);
 void key_codes_pack(uintptr_t rows, int is_bf16, int64_t row_group_stride, int64_t row_stride, uintptr_t tiles,
                     int64_t tile_group_stride, int64_t n_groups, int64_t first, int64_t n, int64_t head_dim, int bits,
                     int n_threads);

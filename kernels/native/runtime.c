@@ -63,8 +63,6 @@ static gomp_parallel_fn gomp_parallel(void) {
     return (gomp_parallel_fn)entry;
 }
 
-int shares_threads(void) { return gomp_parallel() != NULL; }
-
 struct job {
     chunk_fn fn;
     void *arg;

@@ -7,6 +7,5 @@
 int isa_here(void);
 void limit_isa(int most);
 int has_avx512_vbmi2(void);
-int shares_threads(void);
 
 #endif

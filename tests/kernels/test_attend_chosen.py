@@ -116,6 +116,20 @@ def test_it_is_attention_over_those_positions_and_the_turns_own(level, k, n_new,
     assert close(run(span)[0], expected(span, 0.125))
 
 
+@pytest.mark.parametrize(("bits", "group"), [(0, 0), (8, 0), (4, 32), (2, 64)])
+def test_positions_may_stand_in_any_order(level, bits, group):
+    """Sixteen whose first and last lie as if they were one run: their scales must not be read as one."""
+    mixed = torch.cat(
+        [torch.tensor([3]), 4 + torch.randperm(14, generator=torch.Generator().manual_seed(0)), torch.tensor([18])]
+    )
+    span = replace(make(16, 1, 64, bits, group), chosen=mixed.expand(G, -1).contiguous())
+    steep = [
+        replace(form, scales=form.scales * torch.arange(1, START + 1)[:, None]) if bits else None for form in span.forms
+    ]
+    span = replace(span, forms=(steep[0], steep[1]))
+    assert close(run(span, scaling=0.001)[0], expected(span, 0.001))
+
+
 @pytest.mark.parametrize(("bits", "group"), [(0, 0), (8, 0), (4, 64), (4, 0), (8, 32)])
 def test_all_of_what_came_before_is_read_without_its_positions(level, bits, group):
     span = make(START, 3, 128, bits, group, whole=True)
@@ -228,3 +242,18 @@ def test_positions_are_told_apart_by_whether_some_are_none():
 def test_shapes_that_do_not_belong_together_are_refused(change: dict[str, Any], told: str):
     with pytest.raises(ValueError, match=told):
         run(replace(make(), **change))
+
+
+@needs_build
+@pytest.mark.parametrize("other", [make(head_dim=128), make(dtype=torch.float32)], ids=["head_dim", "dtype"])
+def test_spans_of_other_heads_never_reach_the_kernel_together(other: ChosenSpan):
+    spans = [make(), other]
+    out = [torch.empty(span.query.shape[1], H, span.query.shape[2], dtype=span.query.dtype) for span in spans]
+    with pytest.raises(ValueError, match="different heads"):
+        attend_chosen(spans, out, 0.125, Scratch())
+
+
+@needs_build
+def test_what_is_written_has_the_type_of_the_query():
+    with pytest.raises(ValueError, match="type"):
+        attend_chosen([make()], [torch.empty(1, H, 64, dtype=torch.uint8)], 0.125, Scratch())
