@@ -15,7 +15,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sessiond import attention
+from sessiond import attention, forward
+from sessiond.attention import PackedStep
 from sessiond.cache import PackedSpan
 from sessiond.policies.base import Selector, Taken
 from sessiond.selection import Selection
@@ -129,19 +130,27 @@ def worst_hundredth(values: Tensor) -> float:
 def probing(probe: Probe) -> Iterator[None]:
     """Show `probe` what every decoded step attends to under a policy."""
     choose, attend = Selection.choose, attention.attend
-    last: list[Taken | None] = [None]
+    answers: dict[Selection, Taken | None] = {}
 
     def chosen(self: Selection, *args: Any, **kwargs: Any) -> Taken | None:
-        last[0] = choose(self, *args, **kwargs)
-        return last[0]
+        answers[self] = choose(self, *args, **kwargs)
+        return answers[self]
 
-    def attended(query: Tensor, span: PackedSpan, layer: int, scaling: float, window: int | None, *rest: Any) -> Tensor:
-        last[0] = None
-        out = attend(query, span, layer, scaling, window, *rest)
-        if span.decoding and span.selection is not None and window is None:
-            probe.note(query, span, layer, scaling, last[0], out)
+    def attended(
+        heads: Tensor, packed: PackedStep, layer: int, scaling: float, window: int | None, out: Tensor | None = None
+    ) -> Tensor:
+        answers.clear()
+        out = attend(heads, packed, layer, scaling, window, out)
+        for span in packed.spans:
+            if span.decoding and span.selection is not None and window is None:
+                rows = slice(span.start, span.end)
+                probe.note(heads[:, rows], span, layer, scaling, answers.get(span.selection), out[rows])
         return out
 
     probe.begin()
-    with mock.patch.object(Selection, "choose", chosen), mock.patch.object(attention, "attend", attended):
+    with (
+        mock.patch.object(Selection, "choose", chosen),
+        mock.patch.object(attention, "attend", attended),
+        mock.patch.object(forward, "attend", attended),
+    ):
         yield

@@ -66,13 +66,11 @@ def low_rank_keys(
 ) -> Tensor:
     """`low_rank_keys_reference`, compiled if there are `bases`. Raises ValueError where there are no factors."""
     rows = keys.dtype is torch.bfloat16 and keys.device.type == "cpu" and keys.stride()[1:] == (keys.shape[2], 1)
-    if bases is None or not rows:
+    if bases is None or not rows or len(factors.coordinates) > keys.shape[1]:
         return low_rank_keys_reference(factors, positions, exact, keys, rope)
     n, (n_groups, n_chosen), head_dim = len(factors.coordinates), positions.shape, keys.shape[2]
     if keys.shape[0] != n_groups or exact.shape != positions.shape or len(factors.mean) != n_groups * head_dim:
         raise ValueError(f"positions {tuple(positions.shape)} do not fit keys {tuple(keys.shape)}")
-    if n > keys.shape[1] or not factors.coordinates.is_contiguous():
-        raise ValueError(f"factors of {n} tokens, keys of {keys.shape[1]}")
     angles, positions = rope.table(n), positions.contiguous()
     marks = exact.to(torch.uint8).contiguous()
     out = keys.new_empty(n_groups, n_chosen, head_dim)

@@ -192,6 +192,7 @@ class Model:
         for n_tokens in (cell_tokens, 16, 1):
             self.step([Feed(cache, [0] * n_tokens, 0)], [n_tokens - 1])
 
+    @torch.inference_mode()
     def begin(self, feeds: Sequence[Feed], logit_rows: Sequence[int]) -> ForwardStep:
         """`step` in pieces: nothing is computed before the first `advance`."""
         ids: list[int] = []

@@ -150,7 +150,7 @@ class Scheduler:
         wants_token = not work.pieces and not work.pending
         feed = Feed(work.cache, work.tokens[piece.start : piece.end], piece.start, work.cache.selection)
         work.before_piece(piece)
-        step = self._timed(lambda: self.model.begin([feed], [piece.end - piece.start - 1] if wants_token else []))
+        step = self.model.begin([feed], [piece.end - piece.start - 1] if wants_token else [])
         self._piece = work, piece, step
         return piece, step
 
@@ -189,7 +189,8 @@ class Scheduler:
             for work in works
         ]
         rows = [row for row, work in enumerate(works) if not work.pending]
-        logits = self._timed(lambda: self.model.step(feeds, rows))
+        logits = self._timed(self.model.begin(feeds, rows).advance)
+        assert logits is not None
         for work in works:
             work.cache.length += 1
             self.counters.recomputed += work.recomputed(work.cache.length - 1, work.cache.length)

@@ -64,7 +64,7 @@ class Counters:
     probed: int = 0  # tokens computed to score others
     steps: int = 0
     step_seconds: float = 0.0  # in steps and in handing over what came of them
-    forward_seconds: float = 0.0  # of these, in the model
+    forward_seconds: float = 0.0  # of these, in the layers of the model; packing a step is not among them
 
 
 Event = TokenOut | Ended | CellSealed | Scored

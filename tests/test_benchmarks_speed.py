@@ -20,6 +20,7 @@ from engine_harness import CELL, Session, make_pair, random_ids
 from kernel_marks import needs_build
 from test_benchmarks import FOLDER, load
 
+from sessiond.forward import ForwardStep
 from sessiond.scheduler import Scheduler
 from sessiond.stepevents import Ended
 
@@ -270,11 +271,12 @@ def test_own_share_is_what_the_forward_leaves(monkeypatch: pytest.MonkeyPatch) -
 def test_time_in_the_forward_is_counted_even_when_it_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_pair("llama").ours
 
-    def slow(*_: object) -> None:
-        time.sleep(0.05)
-        raise ZeroDivisionError
+    class Slow(ForwardStep):
+        def advance(self, enough: object = None) -> None:
+            time.sleep(0.05)
+            raise ZeroDivisionError
 
-    monkeypatch.setattr(model, "begin", slow)
+    monkeypatch.setattr(model, "begin", lambda *_: Slow())
     scheduler = Scheduler(model, CELL)
     scheduler.add(Session(model).turn(random_ids(5, 1), 2))
     [end] = scheduler.step()

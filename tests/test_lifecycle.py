@@ -49,6 +49,7 @@ def test_the_daemon_causes_every_event():
     caused = set()
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".advance"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".advance") and node.args:
                 caused.add(ast.unparse(node.args[0]).rpartition(".")[2])
+    caused = {name for name in caused if name.isupper()}  # a forward advances as well
     assert caused == {event.name for event in Event}
