@@ -90,7 +90,7 @@ def attend_chosen(
 ) -> Tensor:
     """query [H, Q, D] over the positions `chosen` [G, K] of keys, values [G, T, D], and over `own`: [Q, H, D].
 
-    The contract of `attention.attend_chosen`; `scratch` is for the CPU, torch keeps a device's memory itself.
+    What `chosen.attend_chosen` does for one span; `scratch` is for the CPU, torch keeps a device's memory itself.
     """
     return attend_chosen_batch(query[None], [keys], [values], [chosen], [own], scaling, [forms])[0]
 

@@ -59,7 +59,8 @@ def _score(
 
 
 def coded_key_scores(codes: Tensor, scales: Tensor, bits: int, query: Tensor, n: int) -> Tensor:
-    """query [G, R, D] against the first `n` keys: [G, R, n], fp32, as `policies.quantized.QuantizedKeys.scores`.
+    """query [G, R, D] against the first `n` keys: [G, R, n], fp32, of codes that lie row by row as
+    `policies.quantized.Codes` holds them.
 
     codes [G, N, B] uint8, scales [G, N, 2] bf16. Queries in fp16 multiply as fp32. Raises ValueError for shapes that
     do not fit.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_cases import DEVICE, DTYPES, Draw, close
 
-from sessiond.kernels.attention import Scratch, attend_chosen
+from sessiond.kernels.chosen import ChosenSpan, attend_chosen_reference
 from sessiond.kernels.triton_chosen import attend_chosen as twin
 from sessiond.kernels.triton_chosen import attend_chosen_batch
 
@@ -29,7 +29,7 @@ def expected(query, keys, values, chosen, own, scaling, forms=(None, None)):
     """What the reference computes in fp32 on the CPU. It reads no further than `own`."""
     query, keys, values = (part.float().cpu() for part in (query, keys, values))
     forms = tuple(form if form is None else form.float().cpu() for form in forms)
-    return attend_chosen(query, keys, values, chosen.cpu(), own, scaling, Scratch(), forms)
+    return attend_chosen_reference(ChosenSpan(query, keys, values, chosen.cpu(), own, forms), scaling)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

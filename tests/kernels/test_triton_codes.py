@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_cases import DEVICE, DTYPES, Draw, close
 
-from sessiond.kernels.attention import Scratch, attend_chosen
+from sessiond.kernels.chosen import ChosenSpan, attend_chosen_reference
 from sessiond.kernels.triton_codes import attend_codes
 from sessiond.policies.quantized import Codes
 
@@ -43,8 +43,8 @@ def session(head_dim, share, n_new, n, group, bits, dtype, seed=5):
 def expected(query, codes, keys, values, own, chosen):
     """The reference, in fp32, with what the codes stand for at the `chosen` positions."""
     query, keys, values = (part.float().cpu() for part in (query, keys, values))
-    forms = tuple(held.at(chosen.clamp(min=0), torch.float32) for held in codes)
-    return attend_chosen(query, keys, values, chosen, own, 0.2, Scratch(), forms)
+    forms = tuple(held.rows(held.n).at(chosen.clamp(min=0), torch.float32) for held in codes)
+    return attend_chosen_reference(ChosenSpan(query, keys, values, chosen, own, forms), 0.2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

@@ -1,4 +1,4 @@
-"""The Triton twin of scores of coded keys, against policies/quantized.py, and the choice made from them."""
+"""The Triton twin of scores of coded keys, row by row, against what the codes stand for, and the choice made from them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from triton_cases import DEVICE, DTYPES, Draw, close
 
 from sessiond.kernels.triton_key_scores import coded_key_scores
 from sessiond.policies.choosing import top
-from sessiond.policies.quantized import QuantizedKeys
+from sessiond.policies.quantized import Codes
 
 
-def index_of(keys: torch.Tensor, bits: int) -> QuantizedKeys:
-    index = QuantizedKeys(bits)
+class Index(Codes):
+    """Rows of codes with one scale and low each."""
+
+    def scores(self, query: torch.Tensor, n: int) -> torch.Tensor:
+        return query.float() @ self.read(n, torch.float32).mT
+
+
+def index_of(keys: torch.Tensor, bits: int) -> Index:
+    index = Index(bits)
     index.extend(keys.cpu())
     return index
 
 
-def scores_of(index: QuantizedKeys, bits: int, query: torch.Tensor, n: int) -> torch.Tensor:
+def scores_of(index: Index, bits: int, query: torch.Tensor, n: int) -> torch.Tensor:
     return coded_key_scores(index._codes.to(DEVICE), index._scales.to(DEVICE), bits, query, n)
 
 
