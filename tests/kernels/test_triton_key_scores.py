@@ -1,4 +1,4 @@
-"""The Triton twin of scores of coded keys, a row each, against what the codes stand for, and the choice made of them."""
+"""The Triton twin of scores of coded keys, a row each, against what the codes stand for, and the choice of them."""
 
 from __future__ import annotations
 
