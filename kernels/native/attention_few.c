@@ -15,24 +15,6 @@ struct few_work {
     float scale[FEW_ROWS];
 };
 
-/* Lane i of the result is the sum of the lanes of acc[i]. */
-INLINE AVX512 __m512 sum_lanes(const __m512 acc[16]) {
-    __m512 quarter[4];
-    for (int i = 0; i < 4; i++) { /* four accumulators side by side in every 128 bits */
-        const __m512 *a = acc + 4 * i;
-        __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-        __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-        __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
-        quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
-                                   _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
-    }
-    __m512 half[2];
-    for (int i = 0; i < 2; i++)
-        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0x88),
-                                _mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0xDD));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xDD));
-}
-
 /* Lane j is q . k[j]. */
 INLINE AVX512 __m512 score_tile(const uint16_t *q, const uint16_t *keys, int64_t head_dim) {
     __m512 acc[16];

@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "attention.h"
+#include "lanes_inline.h"
 #include "native.h"
 
 /* Up to FEW_ROWS rows of a group are one block of attention_few; more are cut into blocks of BLOCK_ROWS. */
@@ -73,42 +74,12 @@ INLINE AVX512 void fetch(const uint16_t *from, int64_t n) {
     for (int64_t d = 0; d < n; d += 32) _mm_prefetch((const char *)(from + d), _MM_HINT_T0);
 }
 
-/* Two bf16 as one 32-bit lane in every lane. */
-INLINE AVX512 __m512bh broadcast_pair(const void *pair) {
-    uint32_t both;
-    __builtin_memcpy(&both, pair, sizeof both);
-    return (__m512bh)_mm512_set1_epi32((int)both);
-}
-
 /* Lane 2i and 2i + 1 of the first result are lane i of a and of b, i < 16; of the second the same for i >= 16. */
 INLINE AVX512 void interleave(__m512i a, __m512i b, __m512i *low, __m512i *high) {
     const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     *low = _mm512_permutex2var_epi16(a, first, b);
     *high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
-}
-
-/* Rows of 16 lanes of 32 bits become columns. */
-INLINE AVX512 void transpose16(__m512i a[16], __m512i out[16]) {
-    __m512i b[16];
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) { /* a[4q + i]: element i of every 128 bits, rows 4q .. 4q + 3 */
-        __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-        out[i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        out[8 + i] = _mm512_shuffle_i32x4(low, high, 0xDD);
-        low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
-        out[4 + i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        out[12 + i] = _mm512_shuffle_i32x4(low, high, 0xDD);
-    }
 }
 #endif
 

@@ -7,6 +7,7 @@
 #define SESSIOND_CHOSEN_AVX512_INLINE_H
 
 #include "chosen_inline.h"
+#include "lanes_inline.h"
 
 #if HAVE_X86
 
@@ -27,34 +28,6 @@ struct room {
     int64_t places[BLOCK]; /* -1: none */
     uint16_t hidden[BLOCK / TILE];
 };
-
-INLINE AVX512 void turn16(const __m512i in[16], __m512i out[16]) {
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) { /* a[4q + i]: element i of every 128 bits, rows 4q .. 4q + 3 */
-        __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
-        out[i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        out[8 + i] = _mm512_shuffle_i32x4(low, high, 0xDD);
-        low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xDD), high = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xDD);
-        out[4 + i] = _mm512_shuffle_i32x4(low, high, 0x88);
-        out[12 + i] = _mm512_shuffle_i32x4(low, high, 0xDD);
-    }
-}
-
-INLINE AVX512 __m512bh pair_everywhere(const uint16_t *pair) {
-    uint32_t both;
-    memcpy(&both, pair, sizeof both);
-    return (__m512bh)_mm512_set1_epi32((int)both);
-}
 
 /* e^x for x <= 0, relative error below 2e-7; exactly 0 below -87 and for -inf. */
 INLINE AVX512 __m512 exp_of(__m512 x) {
@@ -124,7 +97,7 @@ INLINE AVX512 void turn_words(const uint8_t *const *rows, int64_t n, int ascendi
         return;
     }
     for (int j = 0; j < TILE; j++) in[j] = _mm512_maskz_loadu_epi32((__mmask16)(n >= 16 ? 0xFFFF : (1 << n) - 1), rows[j]);
-    turn16(in, out);
+    transpose16(in, out);
 }
 
 /* Scale and zero of each key become rows of lanes; the zero moves with the codes, which are taken about 0. */
@@ -165,7 +138,7 @@ INLINE AVX512 void turn_codes(const int BITS, const uint8_t *const *rows, int64_
         __m512i in[16], codes[16];
         int64_t n = width - i < 64 ? (width - i) / 4 : 16;
         for (int j = 0; j < TILE; j++) in[j] = _mm512_maskz_loadu_epi32((__mmask16)((1 << n) - 1), rows[j] + i);
-        turn16(in, codes);
+        transpose16(in, codes);
         for (int64_t w = 0; w < n; w++) {
             if (BITS == 8) {
                 pairs_of_bytes(codes[w], tile + (i + 4 * w) / 2);
@@ -185,7 +158,7 @@ INLINE AVX512 void turn_exact(const uint8_t *const *rows, int64_t head_dim, __m5
         __m512i in[16];
         for (int j = 0; j < TILE; j++)
             in[j] = _mm512_maskz_loadu_epi32(head_dim - d >= 32 ? 0xFFFF : 0xFF, rows[j] + 2 * d);
-        turn16(in, tile + d / 2);
+        transpose16(in, tile + d / 2);
     }
 }
 
@@ -239,8 +212,8 @@ INLINE AVX512 void score_tile(const int NR, const int CODED, const struct chunk 
             __m512bh first = (__m512bh)tile[d / 2], second = (__m512bh)tile[d / 2 + 1];
             for (int r = 0; r < NR; r++) {
                 const uint16_t *q = room->query + (r0 + r) * padded + d;
-                even[r] = _mm512_dpbf16_ps(even[r], first, pair_everywhere(q));
-                odd[r] = _mm512_dpbf16_ps(odd[r], second, pair_everywhere(q + 2));
+                even[r] = _mm512_dpbf16_ps(even[r], first, broadcast_pair(q));
+                odd[r] = _mm512_dpbf16_ps(odd[r], second, broadcast_pair(q + 2));
             }
         }
         for (int r = 0; r < NR; r++) {
@@ -369,7 +342,7 @@ INLINE AVX512 void weigh(const int NR, const int WIDE, const struct room *room, 
             __m512i v1 = _mm512_maskz_loadu_epi16(left, (WIDE ? wide + padded : (const uint16_t *)rows[1]) + d);
             __m512bh l = (__m512bh)_mm512_unpacklo_epi16(v0, v1), h = (__m512bh)_mm512_unpackhi_epi16(v0, v1);
             for (int r = 0; r < NR; r++) {
-                __m512bh w = pair_everywhere(room->weights + (first + r) * BLOCK + j + 2 * s);
+                __m512bh w = broadcast_pair(room->weights + (first + r) * BLOCK + j + 2 * s);
                 low[s][r] = _mm512_dpbf16_ps(low[s][r], l, w);
                 high[s][r] = _mm512_dpbf16_ps(high[s][r], h, w);
             }

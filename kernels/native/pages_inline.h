@@ -2,6 +2,7 @@
 #ifndef SESSIOND_PAGES_INLINE_H
 #define SESSIOND_PAGES_INLINE_H
 
+#include "lanes_inline.h"
 #include "native.h"
 
 enum { MOST_CHANNELS = 256, PAGES_AT_ONCE = 16, PAGES_AHEAD = 32 };
@@ -55,24 +56,6 @@ INLINE void score_pages_plain(const struct page_shape *shape, const struct page_
 }
 
 #if HAVE_X86
-/* Lane i of the result is the sum of the lanes of acc[i]. */
-INLINE AVX512 __m512 sum_each(const __m512 acc[16]) {
-    __m512 quarter[4];
-    for (int i = 0; i < 4; i++) { /* four accumulators side by side in every 128 bits */
-        const __m512 *a = acc + 4 * i;
-        __m512 low = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
-        __m512 high = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-        __m512d l = _mm512_castps_pd(low), h = _mm512_castps_pd(high);
-        quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(l, h)),
-                                   _mm512_castpd_ps(_mm512_unpackhi_pd(l, h)));
-    }
-    __m512 half[2];
-    for (int i = 0; i < 2; i++)
-        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0x88),
-                                _mm512_shuffle_f32x4(quarter[2 * i], quarter[2 * i + 1], 0xDD));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xDD));
-}
-
 /* bf16 all, head_dim % 32 == 0. A page's sum is the same wherever it stands. */
 INLINE AVX512 void score_pages_avx512(const struct page_shape *shape, const struct page_query *query,
                                       float *scores) {
@@ -95,7 +78,7 @@ INLINE AVX512 void score_pages_avx512(const struct page_shape *shape, const stru
             }
         }
         __mmask16 there = n < 16 ? (__mmask16)((1u << n) - 1) : (__mmask16)0xFFFF;
-        _mm512_mask_storeu_ps(scores + page, there, sum_each(acc));
+        _mm512_mask_storeu_ps(scores + page, there, sum_lanes(acc));
     }
 }
 #endif
