@@ -7,51 +7,19 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
-import subprocess
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
+from _llama_process import LlamaProcess
 from torch import Tensor
 
-START_LIMIT_S = 60.0
-_PORT = re.compile(r"listening on \S*?:(\d+)")
 
-
-class LlamaServer:
+class LlamaServer(LlamaProcess):
     """One slot on the CPU alone; weights, KV (f16) and flash attention as its defaults have them."""
 
     def __init__(self, program: Path, gguf: Path, log: Path, threads: int, context: int) -> None:
-        alone = ["--device", "none", "-ngl", "0", "--offline", "--no-webui", "--cache-ram", "0"]
-        size = ["-t", str(threads), "-np", "1", "-c", str(context)]
-        where = ["--host", "127.0.0.1", "--port", "0"]
-        self._command = [str(program), "-m", str(gguf), *size, *alone, *where]
-        self._log = log
-        foreign = ("PYTHONPATH", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-        self._environment = {name: value for name, value in os.environ.items() if name not in foreign}
-        self._environment["LD_LIBRARY_PATH"] = str(program.parent)
-
-    def __enter__(self) -> Self:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment
-            )
-        try:
-            self._wait_ready(time.perf_counter() + START_LIMIT_S)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
+        super().__init__(program, gguf, log, threads, 1, context, {"LD_LIBRARY_PATH": str(program.parent)})
 
     def probabilities(self, ids: list[int], first: int, n_probs: int) -> tuple[Tensor, Tensor]:
         """Of what follows ids[: first + 1], ids[: first + 2] and so on: the `n_probs` likeliest tokens, and the
@@ -80,26 +48,3 @@ class LlamaServer:
             raise RuntimeError(f"llama-server: {response.status} {data[:500]!r}")
         found: dict[str, Any] = json.loads(data)
         return found
-
-    def _wait_ready(self, deadline: float) -> None:
-        while time.perf_counter() < deadline:
-            found = _PORT.search(self._log.read_text(errors="replace"))
-            if found:
-                self._port = int(found.group(1))
-                if self._is_healthy():
-                    return
-            if self._process.poll() is not None:
-                break
-            time.sleep(0.05)
-        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-        raise RuntimeError(f"llama-server did not start:\n{tail}")
-
-    def _is_healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except ConnectionError:
-            return False
-        finally:
-            connection.close()

