@@ -44,7 +44,7 @@ ffibuilder.set_source(
     sources=[str(Path("kernels/native") / name) for name in SOURCES],
     include_dirs=["kernels/native"],
     depends=[str(Path("kernels/native") / path.name) for path in sorted(FOLDER.glob("*.h"))],
-    libraries=["m", "dl"],
+    libraries=["m", "pthread"],
     # Without contraction plain C gives the same bits on every level of instructions.
     extra_compile_args=["-O3", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Wno-parentheses"],
     # Without a compiler the package still installs, and computes with torch.
