@@ -92,8 +92,8 @@ class Decoder:
 
     def step(self, hidden: Tensor, angles: Tensor, sessions: Sequence[SessionRows]) -> DecoderStep:
         """Begin a step of rows `hidden` [N, hidden] fp32, which become the residual stream. `angles`
-        [2, tables, N, rotary / 2] fp32: cosines and sines of the rows' positions. Sessions stand in the order of their
-        rows, and cover them. Raises ValueError, also for positions beyond a session's memory."""
+        [tables, 2, P, rotary / 2] fp32: cosines and sines of the first P positions. Sessions stand in the order of
+        their rows, and cover them. Raises ValueError, also for positions beyond P or a session's memory."""
         _check_step(self, hidden, angles, sessions)
         return DecoderStep(self, hidden, angles, sessions)
 
@@ -133,7 +133,7 @@ class DecoderStep:
         self._struct.rows, self._struct.n_sessions = n, len(told)
         self._struct.sessions = int(ffi.cast("uintptr_t", self._sessions))
         self._struct.hidden = hidden.data_ptr()
-        self._struct.cosines, self._struct.sines = angles[0].data_ptr(), angles[1].data_ptr()
+        self._struct.angles, self._struct.n_angles = angles.data_ptr(), angles.shape[2]
         self._struct.query, self._struct.attended = self.query.data_ptr(), self.attended.data_ptr()
         self._struct.work = self._work.data_ptr()
         self._scratch = decoder.scratch_for(self._struct)
@@ -206,12 +206,14 @@ def _check_step(decoder: Decoder, hidden: Tensor, angles: Tensor, sessions: Sequ
             raise ValueError(f"{name} of type {part.dtype} on {part.device}, or not in one run")
     if hidden.shape[1:] != (decoder.shape.hidden,):
         raise ValueError(f"hidden is {tuple(hidden.shape)}")
-    if angles.shape[0] != 2 or angles.shape[1] < n_tables or angles.shape[2:] != (n, decoder.shape.rotary // 2):
-        raise ValueError(f"angles are {tuple(angles.shape)}, for {n} rows and {n_tables} tables")
+    if angles.shape[0] < n_tables or angles.shape[1] != 2 or angles.shape[3:] != (decoder.shape.rotary // 2,):
+        raise ValueError(f"angles are {tuple(angles.shape)}, for {n_tables} tables")
     row = 0
     for s in sessions:
         if s.row != row or s.n_new < 1:
             raise ValueError(f"{s.n_new} rows of a session at {s.row}, where row {row} is next")
+        if s.position + s.n_new > angles.shape[2]:
+            raise ValueError(f"{s.n_new} positions from {s.position} on, of {angles.shape[2]} with angles")
         if s.position < 0 or -(-(s.position + s.n_new) // TILE) * TILE > s.capacity:
             raise ValueError(f"{s.n_new} positions from {s.position} on, of {s.capacity} in whole tiles of {TILE}")
         row += s.n_new

@@ -39,14 +39,14 @@ class FusedStep(ForwardStep):
         self._fused, self._packed, self._logit_rows = fused, packed, logit_rows
         self._n_layers = len(fused.decoder.layers)
         self._layer = 0
-        positions = [at for span in packed.spans for at in range(span.position, span.position + span.end - span.start)]
-        sessions = []
+        sessions, n_positions = [], 0
         for span in packed.spans:
             n_new = span.end - span.start
             span.cache.wrote(span.position + n_new)
+            n_positions = max(n_positions, span.position + n_new)
             address = span.cache.keys[0].data_ptr()
             sessions.append(SessionRows(address, span.cache.capacity, span.position, span.start, n_new))
-        self._step = fused.decoder.step(fused.hidden(ids), fused.angles(positions), sessions)
+        self._step = fused.decoder.step(fused.hidden(ids), fused.angles(n_positions), sessions)
         self._plain = all(
             span.selection is None and span.capture is None and not span.cache.is_offloaded for span in packed.spans
         )

@@ -16,6 +16,7 @@ from sessiond.kernels.blockweights import BLOCK, BlockWeights, quantize
 from sessiond.kernels.decoder import MOST_HEAD_DIM, Decoder, DecoderLayer, DecoderShape, DecoderStep
 from sessiond.kernels.matrix import GATE_RUN, Matrix, interleaved, stacked
 from sessiond.kernels.native_library import BUILT
+from sessiond.kernels.rope import Rope
 from sessiond.modelweights import BlockLinear
 
 _GATES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -28,13 +29,14 @@ class Fused:
         self,
         decoder: Decoder,
         embed: Callable[[Tensor], Tensor],
-        angles: list[tuple[Tensor, float]],
+        ropes: Sequence[Rope],
         softcap: float | None,
     ) -> None:
-        """`angles`: inverse frequencies [rotary / 2] fp32 and a factor, for each kind of layer. `softcap` of logits."""
+        """`ropes`: of each kind of layer. `softcap` of logits."""
         self.decoder = decoder
         self._embed = embed
-        self._angles = angles
+        self._ropes = ropes
+        self._angles = torch.empty(0, 2, 0, 0)
         self._softcap = softcap
 
     def hidden(self, ids: Sequence[int]) -> Tensor:
@@ -46,14 +48,11 @@ class Fused:
         logits = step.logits(rows)
         return logits if self._softcap is None else (logits / self._softcap).tanh() * self._softcap
 
-    def angles(self, positions: Sequence[int]) -> Tensor:
-        """Cosines and sines of positions: [2, kinds, N, rotary / 2] fp32."""
-        at = torch.tensor(positions, dtype=torch.float32)[:, None]
-        kinds = [(at * frequencies, factor) for frequencies, factor in self._angles]
-        return torch.stack(
-            [torch.stack([angle.cos() * factor for angle, factor in kinds]),
-             torch.stack([angle.sin() * factor for angle, factor in kinds])]
-        )  # fmt: skip
+    def angles(self, n: int) -> Tensor:
+        """Cosines and sines of at least the first `n` positions: [kinds, 2, P, rotary / 2] fp32."""
+        if self._angles.shape[2] < n:
+            self._angles = torch.stack([rope.table(n) for rope in self._ropes])
+        return self._angles
 
 
 def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
@@ -65,7 +64,7 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
     """
     config, model = module.config.get_text_config(), getattr(module.model, "language_model", module.model)
     gate = _GATES.get(getattr(config, "hidden_activation", None) or config.hidden_act)
-    frequencies = _frequencies(model.rotary_emb)
+    ropes = _ropes(model.rotary_emb)
     first = model.layers[0].self_attn
     head_dim: int = first.head_dim
     if not BUILT or module.dtype is not torch.bfloat16 or gate is None:
@@ -82,18 +81,18 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
         config.num_key_value_heads,
         head_dim,
         config.intermediate_size,
-        2 * len(next(iter(frequencies.values()))[0]),
+        2 * len(next(iter(ropes.values())).inv_freq),
         gate,
         float(config.rms_norm_eps),
     )
-    kinds = list(frequencies)
+    kinds = list(ropes)
     layers = []
     for layer, window in zip(model.layers, windows, strict=True):
         layers.append(_layer(layer, shape, kinds, window))
         let_go(layer)  # now, not when all have been copied: memory never holds the weights twice
     decoder = Decoder(shape, layers, _norm(model.norm), _matrix([module.lm_head], lambda parts: parts[0]))
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Fused(decoder, model.embed_tokens, list(frequencies.values()), softcap)
+    return Fused(decoder, model.embed_tokens, list(ropes.values()), softcap)
 
 
 def let_go(module: Any) -> None:
@@ -197,13 +196,13 @@ def _norm(norm: Any) -> Tensor:
     return weight + 1 if type(norm).__name__.startswith("Gemma") else weight.contiguous()
 
 
-def _frequencies(embedding: Any) -> dict[str, tuple[Tensor, float]]:
-    """Inverse frequencies and factor of each kind of layer that has its own, else of all ("")."""
+def _ropes(embedding: Any) -> dict[str, Rope]:
+    """Rotary embedding of each kind of layer that has its own, else of all ("")."""
     kinds = [name.removesuffix("_inv_freq") for name, _ in embedding.named_buffers() if name.endswith("_inv_freq")]
-    kinds = [kind for kind in kinds if not kind.endswith("original")]
-    if not kinds:
-        return {"": (embedding.inv_freq.float(), float(embedding.attention_scaling))}
+    prefixes = {kind: f"{kind}_" for kind in kinds if not kind.endswith("original")} or {"": ""}
     return {
-        kind: (getattr(embedding, f"{kind}_inv_freq").float(), float(getattr(embedding, f"{kind}_attention_scaling")))
-        for kind in kinds
+        kind: Rope(
+            getattr(embedding, f"{prefix}inv_freq").float(), float(getattr(embedding, f"{prefix}attention_scaling"))
+        )
+        for kind, prefix in prefixes.items()
     }

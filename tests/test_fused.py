@@ -204,14 +204,15 @@ def test_logits_of_rows_that_are_not_there_are_refused(rows):
 
 def test_parts_of_other_sizes_are_refused():
     decoder = make_exact_pair("llama-kernels").ours._fused.decoder
-    hidden, angles = torch.zeros(2, 64), torch.zeros(2, 1, 2, decoder.shape.rotary // 2)
+    hidden, angles = torch.zeros(2, 64), torch.zeros(1, 2, 2, decoder.shape.rotary // 2)
     session = SessionRows(0, 64, 0, 0, 2)
     for wrong in (
         (hidden[:, :32], angles, [session]),
+        (hidden, angles[:, :1], [session]),
         (hidden, angles[:, :, :1], [session]),
         (hidden.double(), angles, [session]),
         (hidden, angles, [SessionRows(0, 64, 0, 0, 1)]),
         (hidden, angles, [SessionRows(0, 64, 0, 1, 1), SessionRows(0, 64, 0, 0, 1)]),
     ):
-        with pytest.raises(ValueError, match=r"hidden|angles|rows"):
+        with pytest.raises(ValueError, match=r"hidden|angles|rows|positions"):
             decoder.step(*wrong)

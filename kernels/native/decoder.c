@@ -124,13 +124,13 @@ INLINE void place_row(void *arg, int64_t row) {
     const struct packed_step *step = p->step;
     const struct rows_of_session *session = session_of(step, row);
     const int64_t heads = d->n_heads, groups = d->n_groups, dim = d->head_dim, half = d->rotary / 2;
-    const float *cosines = (const float *)step->cosines + (p->layer->rope * step->rows + row) * half;
-    const float *sines = (const float *)step->sines + (p->layer->rope * step->rows + row) * half;
+    const int64_t position = session->position + row - session->row;
+    const float *cosines = (const float *)step->angles + (2 * p->layer->rope * step->n_angles + position) * half;
+    const float *sines = cosines + step->n_angles * half;
     const float *from = p->buffers.projected + row * (heads + 2 * groups) * dim;
     uint16_t *query = (uint16_t *)step->query + row * heads * dim;
     for (int64_t h = 0; h < heads; h++)
         rotated_head(d, from + h * dim, (const float *)p->layer->query_norm, cosines, sines, query + h * dim);
-    const int64_t position = session->position + row - session->row;
     for (int64_t g = 0; g < groups; g++) {
         uint16_t *key = (uint16_t *)session->kv + ((2 * p->index * groups + g) * session->capacity + position) * dim;
         uint16_t *value = key + groups * session->capacity * dim;

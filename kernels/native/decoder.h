@@ -28,11 +28,11 @@ struct rows_of_session {
     int64_t capacity, position, row, n_new;
 };
 
-/* One step. hidden fp32 [rows][hidden]; cosines and sines fp32 [tables][rows][rotary / 2]; query and attended bf16
-   [rows][n_heads * head_dim]; `work`: decoder_work() bytes. */
+/* One step. hidden fp32 [rows][hidden]; angles fp32 [tables][cosines, sines][n_angles][rotary / 2] of the first
+   positions; query and attended bf16 [rows][n_heads * head_dim]; `work`: decoder_work() bytes. */
 struct packed_step {
-    int64_t rows, n_sessions;
-    uintptr_t sessions, hidden, cosines, sines, query, attended, work;
+    int64_t rows, n_sessions, n_angles;
+    uintptr_t sessions, hidden, angles, query, attended, work;
 };
 
 int64_t decoder_work(const struct decoder *decoder, int64_t rows);

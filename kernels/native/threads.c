@@ -23,7 +23,7 @@ static struct {
     _Atomic(chunk_fn) fn;
     _Atomic(void *) arg;
     _Atomic int64_t n_chunks, done;
-    _Atomic int n_workers, asleep, caller_asleep;
+    _Atomic int n_workers, arrived, asleep, caller_asleep, caller_cpu;
     int started;
     atomic_flag taken;
     pthread_mutex_t lock;
@@ -87,10 +87,34 @@ static uint32_t next_region(uint32_t seen) {
     return number_of(ticket);
 }
 
+static int this_cpu(void) {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
+
+/* The system likes to wake a thread where its waker runs, which has no time for it. */
+static void leave_callers_cpu(void) {
+#ifdef __linux__
+    cpu_set_t mine, others;
+    int cpu = this_cpu();
+    if (cpu < 0 || cpu != atomic_load_explicit(&pool.caller_cpu, memory_order_relaxed)) return;
+    if (sched_getaffinity(0, sizeof mine, &mine)) return;
+    others = mine;
+    CPU_CLR(cpu, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others)) sched_setaffinity(0, sizeof mine, &mine);
+#endif
+}
+
 static void *worker(void *index) {
     for (uint32_t seen = 0;;) {
         seen = next_region(seen);
-        if ((intptr_t)index < atomic_load_explicit(&pool.n_workers, memory_order_relaxed)) take_chunks(seen);
+        if ((intptr_t)index >= atomic_load_explicit(&pool.n_workers, memory_order_relaxed)) continue;
+        leave_callers_cpu();
+        atomic_store_explicit(&pool.arrived, 1, memory_order_relaxed);
+        take_chunks(seen);
     }
     return NULL;
 }
@@ -145,13 +169,17 @@ void parallel_chunks(chunk_fn fn, void *arg, int64_t n_chunks, int n_threads) {
     atomic_store_explicit(&pool.arg, arg, memory_order_relaxed);
     atomic_store_explicit(&pool.n_chunks, n_chunks, memory_order_relaxed);
     atomic_store_explicit(&pool.n_workers, n_workers, memory_order_relaxed);
+    atomic_store_explicit(&pool.caller_cpu, this_cpu(), memory_order_relaxed);
     atomic_store_explicit(&pool.done, 0, memory_order_relaxed);
     atomic_store(&pool.ticket, (uint64_t)number << 32);
+    int alone = !atomic_exchange_explicit(&pool.arrived, 0, memory_order_relaxed); /* in the last region */
     if (atomic_load(&pool.asleep)) {
         pthread_mutex_lock(&pool.lock);
         pthread_cond_broadcast(&pool.work);
         pthread_mutex_unlock(&pool.lock);
+        alone = 1;
     }
+    if (alone) sched_yield(); /* a worker may be waiting for this processor: let it go to another */
     take_chunks(number);
     wait_for_end(n_chunks);
     atomic_flag_clear(&pool.taken);
