@@ -1,7 +1,8 @@
 """The layers of a decoder-only transformer in a few compiled calls a step (kernels/native/decoder.h).
 
 A step of one token is a hundred small operations a layer; as many calls through a framework take longer than reading
-the weights. Here a step whose sessions attend to everything is one call, without the interpreter's lock. The reference
+the weights. Here a step whose sessions attend to everything, or to what sieve chooses, is one call, without
+the interpreter's lock. The reference
 is the model's own forward in transformers.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from sessiond.kernels.blockweights import BLOCK
 from sessiond.kernels.matrix import Matrix
 from sessiond.kernels.native_library import ffi, lib
+from sessiond.kernels.sieved import Sieved
 
 GATES = ("silu", "gelu_tanh")
 MOST_HEAD_DIM = 256  # rows of a head stand on the kernel's stack
@@ -63,13 +65,16 @@ class DecoderLayer:
 @dataclass(frozen=True, slots=True)
 class SessionRows:
     """Rows [row, row + n_new) of a step, at `position` and on. `kv`: the address of the session's memory, bf16
-    [L, 2, G, capacity, D]."""
+    [L, 2, G, capacity, D]; `in_file`: of a file, whose pages leave memory after every layer. `sieve` chooses for its one
+    row; None: rows attend to everything."""
 
     kv: int
     capacity: int
     position: int
     row: int
     n_new: int
+    in_file: bool = False
+    sieve: Sieved | None = None
 
 
 class Decoder:
@@ -127,7 +132,11 @@ class DecoderStep:
         self.query = torch.empty(n, shape.n_heads, shape.head_dim, dtype=torch.bfloat16)
         self.attended = torch.empty_like(self.query)
         self._work = decoder.work_for(n)
-        told = [(s.kv, s.capacity, s.position, s.row, s.n_new) for s in sessions]
+        told = [
+            (s.kv, 0 if s.sieve is None else s.sieve.address, s.capacity, s.position, s.row, s.n_new, s.in_file)
+            for s in sessions
+        ]
+        self._sieves = [s.sieve for s in sessions]
         self._sessions = ffi.new("struct rows_of_session[]", told)
         self._struct: Any = ffi.new("struct packed_step *")
         self._struct.rows, self._struct.n_sessions = n, len(told)
@@ -149,7 +158,7 @@ class DecoderStep:
         lib.decoder_after(decoder._struct, decoder._layers + layer, self._struct, self._threads)
 
     def run(self, first: int, last: int) -> None:
-        """Layers [first, last) whole; all rows attend to all that their layers see."""
+        """Layers [first, last) whole."""
         decoder, scratch = self._decoder, self._scratch.data_ptr()
         lib.decoder_run(decoder._struct, decoder._layers, self._struct, first, last, scratch, self._threads)
 
@@ -216,6 +225,8 @@ def _check_step(decoder: Decoder, hidden: Tensor, angles: Tensor, sessions: Sequ
             raise ValueError(f"{s.n_new} positions from {s.position} on, of {angles.shape[2]} with angles")
         if s.position < 0 or -(-(s.position + s.n_new) // TILE) * TILE > s.capacity:
             raise ValueError(f"{s.n_new} positions from {s.position} on, of {s.capacity} in whole tiles of {TILE}")
+        if s.sieve is not None and s.n_new != 1:
+            raise ValueError(f"sieve chooses for one row, not for {s.n_new}")
         row += s.n_new
     if row != n:
         raise ValueError(f"sessions cover {row} rows of {n}")

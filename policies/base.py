@@ -17,6 +17,7 @@ from torch import Tensor
 from sessiond.errors import InvalidConfig
 from sessiond.kernels.coded import CodedRows
 from sessiond.kernels.rope import Rope
+from sessiond.kernels.sieved import SieveIndex
 from sessiond.policies.prior import Prior
 from sessiond.policies.probing import CHUNK
 
@@ -107,6 +108,13 @@ class Selector:
     def step(self, view: LayerView) -> Tensor | Taken | None:
         """The same for one decoded token (Q = 1)."""
         return None
+
+    def compiled(self, end: int) -> SieveIndex | None:
+        """What chooses as `step` would for the token before `end`, inside of the compiled layers; None: ask `step`."""
+        return None
+
+    def compiled_done(self, end: int) -> None:
+        """The layers are computed: what `compiled` gave knows the keys before `end`."""
 
     def rest(self, view: LayerView) -> None:
         """The turn is over, and nobody waits (Q = 0): bring the index up to date with all that is there."""

@@ -43,6 +43,14 @@ class QuantizedKeys:
         key_codes.pack(keys[:, start:], self._tiles, start, self._bits)
         self.n = end
 
+    def for_next(self, end: int) -> Tensor | None:
+        """The tiles, if they hold all keys before `end` but the last, and have room for that one."""
+        return self._tiles if self.n == end - 1 and end <= self._tiles.shape[1] * TILE else None
+
+    def took_next(self, end: int) -> None:
+        """A kernel has put the key before `end` there."""
+        self.n = end
+
     def scores(self, query: Tensor, n: int) -> Tensor:
         """query [G, R, D] against the first `n` keys: [G, R, n], fp32, without the softmax's scaling."""
         return key_codes.scores(query, self._tiles, n, self._bits)

@@ -15,6 +15,7 @@ from torch import Tensor
 from sessiond.errors import InvalidConfig
 from sessiond.kernels.coded import BITS
 from sessiond.kernels.heaviest import Enough
+from sessiond.kernels.sieved import SieveIndex
 from sessiond.policies.base import LayerView, ModelFacts, Policy, Scan, Selector
 from sessiond.policies.keyindex import QuantizedKeys
 from sessiond.policies.knobs import share, whole
@@ -78,6 +79,13 @@ class SieveSelector(Selector):
 
     def rest(self, view: LayerView) -> None:
         self._index.extend(view.keys)
+
+    def compiled(self, end: int) -> SieveIndex | None:
+        tiles = self._index.for_next(end)
+        return None if tiles is None else SieveIndex(tiles, self._policy.bits, self._enough)
+
+    def compiled_done(self, end: int) -> None:
+        self._index.took_next(end)
 
     def step(self, view: LayerView) -> Tensor:
         """Weights are estimated over all earlier tokens, the turn's own among them: what those hold is not missing."""

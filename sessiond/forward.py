@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sessiond.attention import PackedStep, attend
-from sessiond.cache import PackedCache
+from sessiond.cache import PackedCache, PackedSpan
 from sessiond.fused import Fused
 from sessiond.kernels.decoder import SessionRows
+from sessiond.kernels.sieved import Sieved
 
 
 class ForwardStep:
@@ -33,23 +34,29 @@ class ForwardStep:
 
 
 class FusedStep(ForwardStep):
-    """Layers by the compiled decoder; where all sessions attend to everything they are one call."""
+    """Layers by the compiled decoder; where all sessions attend to everything or to what sieve chooses they are one
+    call."""
 
     def __init__(self, fused: Fused, packed: PackedStep, ids: Sequence[int], logit_rows: Sequence[int]) -> None:
         self._fused, self._packed, self._logit_rows = fused, packed, logit_rows
         self._n_layers = len(fused.decoder.layers)
         self._layer = 0
-        sessions, n_positions = [], 0
-        for span in packed.spans:
-            n_new = span.end - span.start
-            span.cache.wrote(span.position + n_new)
-            n_positions = max(n_positions, span.position + n_new)
-            address = span.cache.keys[0].data_ptr()
-            sessions.append(SessionRows(address, span.cache.capacity, span.position, span.start, n_new))
-        self._step = fused.decoder.step(fused.hidden(ids), fused.angles(n_positions), sessions)
+        self._sieves = [_sieve_of(span, fused) for span in packed.spans]
+        # Layers whose attention the decoder computes itself.
         self._plain = all(
-            span.selection is None and span.capture is None and not span.cache.is_offloaded for span in packed.spans
+            span.capture is None and (span.selection is None or sieve is not None)
+            for span, sieve in zip(packed.spans, self._sieves, strict=True)
         )
+        sessions, n_positions = [], 0
+        for span, sieve in zip(packed.spans, self._sieves, strict=True):
+            n_new, cache = span.end - span.start, span.cache
+            cache.wrote(span.position + n_new)
+            n_positions = max(n_positions, span.position + n_new)
+            address = cache.keys[0].data_ptr()
+            sessions.append(
+                SessionRows(address, cache.capacity, span.position, span.start, n_new, cache.is_offloaded, sieve)
+            )
+        self._step = fused.decoder.step(fused.hidden(ids), fused.angles(n_positions), sessions)
 
     @torch.inference_mode()
     def advance(self, enough: Callable[[], bool] | None = None) -> Tensor | None:
@@ -61,6 +68,10 @@ class FusedStep(ForwardStep):
             self._layer += 1
             if enough is not None and self._layer < self._n_layers and enough():
                 return None
+        if self._plain:
+            for span, sieve in zip(self._packed.spans, self._sieves, strict=True):
+                if span.selection is not None and sieve is not None:
+                    span.selection.compiled_done(sieve, span.position + 1)
         return self._fused.logits(self._step, self._logit_rows)
 
     def _compute(self, index: int) -> None:
@@ -73,6 +84,14 @@ class FusedStep(ForwardStep):
         for span in self._packed.spans:
             span.cache.release(index)
         step.after(index)
+
+
+def _sieve_of(span: PackedSpan, fused: Fused) -> Sieved | None:
+    """What chooses for a span's one decoded token inside of the compiled layers, if its policy can."""
+    if span.selection is None or not span.decoding or span.end - span.start != 1:
+        return None
+    n_groups, _, head_dim = span.cache.keys[0].shape
+    return span.selection.compiled(fused.seeing_all, span.position, n_groups, head_dim)
 
 
 class ModuleStep(ForwardStep):

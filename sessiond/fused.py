@@ -34,6 +34,7 @@ class Fused:
     ) -> None:
         """`ropes`: of each kind of layer. `softcap` of logits."""
         self.decoder = decoder
+        self.seeing_all = tuple(i for i, layer in enumerate(decoder.layers) if not layer.window)  # of history
         self._embed = embed
         self._ropes = ropes
         self._angles = torch.empty(0, 2, 0, 0)

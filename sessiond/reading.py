@@ -175,22 +175,8 @@ class Reading:
         tally[0] += scan.n_tokens
         tally[1] += scan.nbytes
 
-    def chose(
-        self,
-        layer: int,
-        taken: Taken,
-        query: Tensor,
-        keys: Tensor,
-        end: int,
-        scaling: float,
-        *,
-        decoding: bool,
-        padded: bool,
-    ) -> None:
-        """A layer took `taken` for queries [H, Q, D] that end at `end`; keys [G, capacity, D].
-
-        `padded`: there are -1 among its positions.
-        """
+    def chose(self, layer: int, taken: Taken, *, decoding: bool, padded: bool) -> None:
+        """A layer took `taken` for the step's queries. `padded`: there are -1 among its positions."""
         reads, positions = self.layers[layer], taken.positions
         reads.n_chosen += 1
         stands_in = taken.keys is not None, taken.values is not None
@@ -206,10 +192,17 @@ class Reading:
         reads.last = self.n_steps, positions
         reads.n_generated += 1
         reads.generated.add(positions, padded=padded)
-        if self._sampling:
-            self.samples += self.by_range(positions)
+
+    @property
+    def looks_closer(self) -> bool:
+        """Whether the step under way is one to look closer at."""
+        return self._sampling
+
+    def look_closer(self, layer: int, positions: Tensor, query: Tensor, keys: Tensor, scaling: float) -> None:
+        """A layer chose positions [G, K] for a generated token's query [H, 1, D]; keys [G, N, D], its own the last."""
+        self.samples += self.by_range(positions)
         if layer in self._weighing:
-            missed = self._missed(positions, query, keys[:, :end], end, scaling)
+            reads, missed = self.layers[layer], self._missed(positions, query, keys, keys.shape[1], scaling)
             reads.missed = missed if reads.missed is None else reads.missed + missed
 
     def by_range(self, positions: Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import structlog
@@ -18,6 +19,7 @@ from torch import Tensor
 from sessiond.kernels.chosen import positions_told
 from sessiond.kernels.coded import CodedRows
 from sessiond.kernels.rope import Rope
+from sessiond.kernels.sieved import Sieved, SieveIndex
 from sessiond.policies.base import LayerView, Policy, Selector, Taken
 from sessiond.policies.prior import Prior
 
@@ -110,22 +112,54 @@ class Selection:
         self._tell(layer, selector, taken, view, decoding=decoding, padded=padded)
         return taken
 
+    def compiled(self, layers: Sequence[int], position: int, n_groups: int, head_dim: int) -> Sieved | None:
+        """What chooses for one decoded token at `position` inside of the compiled layers; None: `choose` does.
+
+        `layers`: those that see all of history; no other is asked.
+        """
+        if self.failure is not None or self.prior is not None or position < self.turn_start:
+            return None
+        if self.reading is not None and self.reading.looks_closer:
+            return None
+        indexes: list[SieveIndex | None] = [None] * len(self._selectors)
+        for layer in layers:
+            selector = self._selectors[layer]
+            if selector is not None:
+                indexes[layer] = selector.compiled(position + 1)
+                if indexes[layer] is None:
+                    return None
+        return Sieved(indexes, n_groups, head_dim, self.turn_start, position)
+
+    def compiled_done(self, sieved: Sieved, end: int) -> None:
+        """The layers are computed: take note of what was chosen in them for the token before `end`."""
+        if self.reading is not None:
+            self.reading.select_seconds += sieved.seconds
+        for layer, selector in enumerate(self._selectors):
+            positions = sieved.chosen(layer)
+            if selector is None or positions is None:
+                continue
+            selector.compiled_done(end)
+            everything = positions.shape[1] >= self.turn_start
+            taken = None if everything else Taken(positions, None, None, "exact", 0)
+            self._tell(layer, selector, taken, None, decoding=True, padded=False)
+
     def _tell_time(self, began: float) -> None:
         if self.reading is not None:
             self.reading.select_seconds += time.perf_counter() - began
 
     def _tell(
-        self, layer: int, selector: Selector, taken: Taken | None, view: LayerView, *, decoding: bool, padded: bool
+        self, layer: int, selector: Selector, taken: Taken | None, view: LayerView | None, *, decoding: bool, padded: bool
     ) -> None:
-        """Have an answer counted. A statistic must not end the step, and with it other sessions' turns."""
+        """Have an answer counted, and looked at closer if `view` shows what it was chosen from. A statistic must not end the step, and with it other sessions' turns."""
         if self.reading is None:
             return
         try:
             if (scan := selector.scan) is not None:
                 self.reading.scanned(layer, scan)
             if taken is not None:
-                n, scaling = view.keys.shape[1], view.scaling
-                self.reading.chose(layer, taken, view.query, view.keys, n, scaling, decoding=decoding, padded=padded)
+                self.reading.chose(layer, taken, decoding=decoding, padded=padded)
+                if view is not None and decoding and self.reading.looks_closer:
+                    self.reading.look_closer(layer, taken.positions, view.query, view.keys, view.scaling)
         except Exception:
             log.exception("what a turn reads is not counted any further", policy=self.policy.name)
             self.reading = None

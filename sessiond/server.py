@@ -310,5 +310,5 @@ async def run(settings: Settings, on_ready: Callable[[Daemon], None] | None = No
 def serve(settings: Settings, on_ready: Callable[[Daemon], None] | None = None) -> None:
     """Blocking form of `run`, for the command line."""
     # The engine's torch calls hold the GIL briefly but often: a short switch interval lets the event loop in.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.00005)
     asyncio.run(run(settings, on_ready))

@@ -246,9 +246,8 @@ def test_long_choices_are_cut_after_64_ranges():
     selection.begin_turn(400)
     reading.token(400)
     positions = torch.arange(0, 400, 2).expand(2, -1)
-    keys = torch.randn(2, 448, 4)
-    taken, query = Taken(positions, None, None, "exact", 0), torch.randn(4, 1, 4)
-    reading.chose(0, taken, query, keys, 401, 0.5, decoding=True, padded=False)
+    taken = Taken(positions, None, None, "exact", 0)
+    reading.chose(0, taken, decoding=True, padded=False)
     read = summarize(reading)[0]
     assert (len(read.spans), read.spans_cut, read.attended) == (64, True, 201)
 

@@ -3,11 +3,14 @@
 
    The residual stream stays in fp32; nothing is rounded but what a matrix or attention reads. Whatever is done row by
    row is one pass; products and attention run on all threads. A row's result does not depend on the others. */
+#define _GNU_SOURCE
 #include <math.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-#include "attention.h"
 #include "decoder.h"
 #include "product_inline.h"
+#include "sieved_inline.h"
 
 /* Passes over fewer rows run on the calling thread: waking the others takes longer. */
 enum { FEW_ROWS = 8 };
@@ -16,6 +19,7 @@ struct buffers {
     struct operand in, attended, inner;
     float *projected; /* [rows][(n_heads + 2 * n_groups) * head_dim or hidden, the larger one] */
     struct attention_span *spans;
+    struct chosen_span *chosen;
 };
 
 static int64_t projected_width(const struct decoder *d) {
@@ -26,7 +30,7 @@ static int64_t projected_width(const struct decoder *d) {
 int64_t decoder_work(const struct decoder *d, int64_t rows) {
     return operand_bytes(rows, d->hidden) + operand_bytes(rows, d->n_heads * d->head_dim) +
            operand_bytes(rows, d->inner) + rows * projected_width(d) * (int64_t)sizeof(float) +
-           rows * (int64_t)sizeof(struct attention_span);
+           rows * (int64_t)(sizeof(struct attention_span) + sizeof(struct chosen_span));
 }
 
 static struct buffers buffers_of(const struct decoder *d, const struct packed_step *step) {
@@ -37,7 +41,8 @@ static struct buffers buffers_of(const struct decoder *d, const struct packed_st
     at += operand_bytes(step->rows, d->n_heads * d->head_dim);
     b.inner = operand_at(at, step->rows, d->inner), at += operand_bytes(step->rows, d->inner);
     b.projected = (float *)at, at += step->rows * projected_width(d) * (int64_t)sizeof(float);
-    b.spans = (struct attention_span *)at;
+    b.spans = (struct attention_span *)at, at += step->rows * (int64_t)sizeof(struct attention_span);
+    b.chosen = (struct chosen_span *)at;
     return b;
 }
 
@@ -157,44 +162,78 @@ static struct attention_shape shape_of(const struct decoder *d, const struct lay
     return (struct attention_shape){d->n_groups, d->n_heads / d->n_groups, d->head_dim, layer->window, layer->scaling};
 }
 
-static void fill_spans(const struct decoder *d, const struct packed_step *step, int64_t index,
-                       struct attention_span *spans) {
-    const struct rows_of_session *sessions = (const struct rows_of_session *)step->sessions;
+/* What a session's rows attend with, and all that they may attend to. */
+static struct attention_span span_of(const struct decoder *d, const struct packed_step *step,
+                                     const struct rows_of_session *s, int64_t index) {
     const int64_t width = d->n_heads * d->head_dim;
-    for (int64_t i = 0; i < step->n_sessions; i++) {
-        const struct rows_of_session *s = sessions + i;
-        const uint16_t *keys = (const uint16_t *)s->kv + 2 * index * d->n_groups * s->capacity * d->head_dim;
-        const uint16_t *values = keys + d->n_groups * s->capacity * d->head_dim;
-        spans[i] = (struct attention_span){
-            .query = (uintptr_t)((uint16_t *)step->query + s->row * width),
-            .out = (uintptr_t)((uint16_t *)step->attended + s->row * width),
-            .keys = (uintptr_t)keys, .values = (uintptr_t)values,
-            .query_row = width, .query_head = d->head_dim, .out_row = width,
-            .group_stride = s->capacity * d->head_dim, .n_new = s->n_new, .position = s->position};
-    }
+    const uint16_t *keys = (const uint16_t *)s->kv + 2 * index * d->n_groups * s->capacity * d->head_dim;
+    const uint16_t *values = keys + d->n_groups * s->capacity * d->head_dim;
+    return (struct attention_span){
+        .query = (uintptr_t)((uint16_t *)step->query + s->row * width),
+        .out = (uintptr_t)((uint16_t *)step->attended + s->row * width),
+        .keys = (uintptr_t)keys, .values = (uintptr_t)values,
+        .query_row = width, .query_head = d->head_dim, .out_row = width,
+        .group_stride = s->capacity * d->head_dim, .n_new = s->n_new, .position = s->position};
 }
 
+/* Floats of scratch for any layer. */
 int64_t decoder_scratch(const struct decoder *decoder, const struct layer *layers, int64_t n_layers,
                         const struct packed_step *step, int n_threads) {
-    struct attention_span *spans = buffers_of(decoder, step).spans;
-    int64_t most = 0, window = -1;
-    fill_spans(decoder, step, 0, spans);
+    const struct rows_of_session *sessions = (const struct rows_of_session *)step->sessions;
+    struct buffers b = buffers_of(decoder, step);
+    struct attention_shape shape = {0};
+    int64_t most = 0, window = -1, n_chosen = 0;
+    for (int64_t i = 0; i < step->n_sessions; i++) b.spans[i] = span_of(decoder, step, sessions + i, 0);
     for (int64_t i = 0; i < n_layers; i++) {
         if (layers[i].window == window) continue; /* as the layer before */
-        struct attention_shape shape = shape_of(decoder, layers + i);
-        int64_t floats = attention_spans_scratch(&shape, spans, step->n_sessions, n_threads);
-        if (floats > most) most = floats;
-        window = layers[i].window;
+        shape = shape_of(decoder, layers + i);
+        int64_t floats = attention_spans_scratch(&shape, b.spans, step->n_sessions, n_threads);
+        most = floats > most ? floats : most, window = layers[i].window;
     }
-    return most;
+    for (int64_t i = 0; i < step->n_sessions; i++) {
+        const struct sieved *sieved = (const struct sieved *)sessions[i].sieve;
+        if (!sieved) continue;
+        int64_t words = sieved_room(sieved, n_layers, &shape, sessions[i].position);
+        most = words > most ? words : most;
+        sieved_most(sieved, n_layers, b.spans + i, b.chosen + n_chosen++);
+    }
+    int64_t states = chosen_plan(b.chosen, n_chosen, decoder->n_groups, shape.n_share, decoder->head_dim);
+    return states > most ? states : most;
 }
 
 static void attend(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
                    int64_t index, uintptr_t scratch, int n_threads) {
-    struct attention_shape shape = shape_of(decoder, layer);
-    struct attention_span *spans = buffers_of(decoder, step).spans;
-    fill_spans(decoder, step, index, spans);
-    attention_spans(&shape, spans, step->n_sessions, scratch, n_threads);
+    const struct rows_of_session *sessions = (const struct rows_of_session *)step->sessions;
+    const struct attention_shape shape = shape_of(decoder, layer);
+    const struct buffers b = buffers_of(decoder, step);
+    int64_t n_whole = 0, n_chosen = 0;
+    for (int64_t i = 0; i < step->n_sessions; i++) {
+        struct sieved *sieved = (struct sieved *)sessions[i].sieve;
+        b.spans[n_whole] = span_of(decoder, step, sessions + i, index);
+        if (sieved && !layer->window &&
+            sieved_choose(sieved, index, &shape, b.spans + n_whole, b.chosen + n_chosen, scratch, n_threads))
+            n_chosen++;
+        else
+            n_whole++;
+    }
+    attention_spans(&shape, b.spans, n_whole, scratch, n_threads);
+    chosen_plan(b.chosen, n_chosen, shape.n_groups, shape.n_share, shape.head_dim);
+    attend_chosen_bf16(b.chosen, n_chosen, shape.n_groups, shape.n_share, shape.head_dim, shape.scaling, scratch,
+                       n_threads);
+}
+
+/* The layer's pages of KV in files leave memory. */
+static void release(const struct decoder *d, const struct packed_step *step, int64_t index) {
+    const struct rows_of_session *sessions = (const struct rows_of_session *)step->sessions;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (int64_t i = 0; i < step->n_sessions; i++) {
+        const struct rows_of_session *s = sessions + i;
+        if (!s->in_file) continue;
+        const uintptr_t nbytes = (uintptr_t)(2 * d->n_groups * s->capacity * d->head_dim * 2);
+        const uintptr_t first = (s->kv + (uintptr_t)index * nbytes + page - 1) / page * page;
+        const uintptr_t end = (s->kv + (uintptr_t)(index + 1) * nbytes) / page * page;
+        if (first < end) madvise((void *)first, end - first, MADV_DONTNEED);
+    }
 }
 
 /* ---- what follows attention ---- */
@@ -245,6 +284,7 @@ void decoder_run(const struct decoder *decoder, const struct layer *layers, cons
     for (int64_t i = first; i < last; i++) {
         decoder_before(decoder, layers + i, step, i, n_threads);
         attend(decoder, layers + i, step, i, scratch, n_threads);
+        release(decoder, step, i);
         decoder_after(decoder, layers + i, step, n_threads);
     }
 }

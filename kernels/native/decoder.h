@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "matrix.h"
+#include "sieved.h"
 
 /* `inner`: numbers between the MLP's matrices. `rotary`: channels of a head that rotate. `gate`: 0 SiLU, 1 GELU (tanh). */
 struct decoder {
@@ -22,10 +23,12 @@ struct layer {
 };
 
 /* Rows [row, row + n_new) of a step: tokens of one session at `position` and on. `kv`: its memory, bf16
-   [layers][2][groups][capacity][head_dim]. Sessions stand in the order of their rows. */
+   [layers][2][groups][capacity][head_dim]; `in_file`: of a file, whose pages leave memory after every layer. `sieve`:
+   struct sieved, what chooses for the session's one token; 0: it attends to everything. Sessions stand in the order of
+   their rows. */
 struct rows_of_session {
-    uintptr_t kv;
-    int64_t capacity, position, row, n_new;
+    uintptr_t kv, sieve;
+    int64_t capacity, position, row, n_new, in_file;
 };
 
 /* One step. hidden fp32 [rows][hidden]; angles fp32 [tables][cosines, sines][n_angles][rotary / 2] of the first
@@ -43,7 +46,7 @@ void decoder_before(const struct decoder *decoder, const struct layer *layer, co
 /* Output projection, MLP, both with their residual sums. */
 void decoder_after(const struct decoder *decoder, const struct layer *layer, const struct packed_step *step,
                    int n_threads);
-/* Layers [first, last) whole: every session's rows attend to all that its layers see. `scratch`: floats as told. */
+/* Layers [first, last) whole. `scratch`: floats as told. */
 int64_t decoder_scratch(const struct decoder *decoder, const struct layer *layers, int64_t n_layers,
                         const struct packed_step *step, int n_threads);
 void decoder_run(const struct decoder *decoder, const struct layer *layers, const struct packed_step *step,
