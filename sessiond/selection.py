@@ -148,7 +148,14 @@ class Selection:
             self.reading.select_seconds += time.perf_counter() - began
 
     def _tell(
-        self, layer: int, selector: Selector, taken: Taken | None, view: LayerView | None, *, decoding: bool, padded: bool
+        self,
+        layer: int,
+        selector: Selector,
+        taken: Taken | None,
+        view: LayerView | None,
+        *,
+        decoding: bool,
+        padded: bool,
     ) -> None:
         """Have an answer counted, and looked at closer if `view` shows what it was chosen from. A statistic must not end the step, and with it other sessions' turns."""
         if self.reading is None:

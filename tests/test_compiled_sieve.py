@@ -28,7 +28,10 @@ pytestmark = needs_build
 SIEVE = registry.parse("sieve", {"least": 4, "most": 16, "mass": 0.9})
 MIXED = registry.parse(
     "layers",
-    {"rules": [{"layers": "0", "policy": {"name": "full"}}], "otherwise": {"name": "sieve", "bits": 2, "least": 8, "most": 32}},
+    {
+        "rules": [{"layers": "0", "policy": {"name": "full"}}],
+        "otherwise": {"name": "sieve", "bits": 2, "least": 8, "most": 32},
+    },
 )
 N_HISTORY, N_NEW = 300, 40  # some of the tokens are looked at closer, some need the index to grow
 
