@@ -65,8 +65,8 @@ class DecoderLayer:
 @dataclass(frozen=True, slots=True)
 class SessionRows:
     """Rows [row, row + n_new) of a step, at `position` and on. `kv`: the address of the session's memory, bf16
-    [L, 2, G, capacity, D]; `in_file`: of a file, whose pages leave memory after every layer. `sieve` chooses for its one
-    row; None: rows attend to everything."""
+    [L, 2, G, capacity, D]; `in_file`: of a file, whose pages leave memory after every layer. `sieve` chooses for its
+    one row; None: rows attend to everything."""
 
     kv: int
     capacity: int

@@ -157,7 +157,10 @@ class Selection:
         decoding: bool,
         padded: bool,
     ) -> None:
-        """Have an answer counted, and looked at closer if `view` shows what it was chosen from. A statistic must not end the step, and with it other sessions' turns."""
+        """Have an answer counted, and looked at closer if `view` shows what it was chosen from.
+
+        A statistic must not end the step, and with it other sessions' turns.
+        """
         if self.reading is None:
             return
         try:

@@ -142,5 +142,5 @@ def test_a_policy_that_failed_or_scores_is_asked_in_python():
 @pytest.mark.parametrize(("turn_start", "n_tiles"), [(33, 3), (-1, 3), (16, 2)])
 def test_indexes_that_do_not_fit_are_refused(turn_start: int, n_tiles: int):
     tiles = torch.zeros(2, n_tiles, 32 * 16 // 2 + 64, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="turn|tiles"):
+    with pytest.raises(ValueError, match=r"turn|tiles"):
         Sieved([SieveIndex(tiles, 4, SIEVE.selector(0, 1)._enough)], 2, 32, turn_start, 32)
