@@ -38,7 +38,7 @@ class Engine:
     ) -> None:
         self.model = model
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._urgent = 0  # of what waits in the inbox: a turn, or who stands between a turn and its start
+        self._urgent = 0  # of what waits in the inbox: a turn, who stands between a turn and its start, or the end
         self._count = threading.Lock()
         most_rows = model.invariant_rows if batch_invariant else None
         self._scheduler = Scheduler(model, cell_tokens, gives_way=lambda: self._urgent > 0, most_rows=most_rows)
@@ -61,7 +61,10 @@ class Engine:
         return warm
 
     def stop(self) -> None:
-        """End the thread after the current step. Work still queued is dropped: its tokens are in the log."""
+        """End the thread after the current step, which gives way if it may. Work under way and queued is dropped: its
+        tokens are in the log."""
+        with self._count:
+            self._urgent += 1
         self._inbox.put(None)
         self._thread.join()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sessiond.kernels.blockweights import BLOCK, BlockWeights, quantize
+from sessiond.kernels.blockweights import BLOCK, BlockWeights
 from sessiond.kernels.decoder import MOST_HEAD_DIM, Decoder, DecoderLayer, DecoderShape, DecoderStep
 from sessiond.kernels.matrix import GATE_RUN, Matrix, interleaved, stacked
 from sessiond.kernels.native_library import BUILT
@@ -153,14 +153,12 @@ def _matrix(
     join: Callable[[Any], Tensor | BlockWeights | None],
     order: Callable[[Tensor], Tensor] | None = None,
 ) -> Matrix:
-    """Linear layers as one matrix. Parts in different kinds of blocks become 8-bit ones, which lose least.
+    """Linear layers as one matrix. They are all dense, or in codes of one kind (modelweights.py).
 
     `order`: brings the biases, one after the other, into the order of `join`'s outputs, if that is another.
     """
     weights = [_weight(linear) for linear in linears]
     joined = join(weights)
-    if joined is None:
-        joined = join([quantize(_dense(weight), 8) for weight in weights])
     assert joined is not None
     biases: list[Tensor | None] = [linear.bias for linear in linears]  # type: ignore[misc]
     if all(bias is None for bias in biases):
@@ -174,10 +172,6 @@ def _weight(linear: Any) -> Tensor | BlockWeights:
     weight: Tensor | BlockWeights | None = linear.weights if isinstance(linear, BlockLinear) else linear.weight
     assert weight is not None
     return weight
-
-
-def _dense(weight: Tensor | BlockWeights) -> Tensor:
-    return weight.dequantize() if isinstance(weight, BlockWeights) else weight
 
 
 def _halves(weight: Tensor | BlockWeights, n: int) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.forward import ForwardStep, FusedStep, ModuleStep
 from sessiond.fused import fuse, let_go
 from sessiond.kernels.attention import Scratch, native_attention_supported
-from sessiond.kernels.native_library import ISA, LEVELS
+from sessiond.kernels.native_library import ISA, LEVELS, SOURCES
 from sessiond.kernels.rope import Rope
 from sessiond.modelweights import load_blocks, with_blocks
 from sessiond.policies.base import ModelFacts
@@ -179,6 +179,7 @@ class Model:
             "threads": str(threads),
             "layers": "torch" if self._fused is None else LEVELS[ISA],
             "attention": LEVELS[ISA] if heads else "torch",
+            "kernels": SOURCES,
             "mkldnn": str(torch.backends.mkldnn.is_available()),  # type: ignore[no-untyped-call]
             "fpmath": os.environ.get("ONEDNN_DEFAULT_FPMATH_MODE", "strict"),
         }

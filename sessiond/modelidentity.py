@@ -41,7 +41,7 @@ _TOKENIZER_KEYS = (
 
 
 #: Raise it when other codes are made of the same weights: kernels/blockweights.py, modelweights.py.
-_QUANTIZATION_RULE = 1
+_QUANTIZATION_RULE = 2
 
 
 def identity_fields(

@@ -5,8 +5,9 @@
     int8    kept codes of 8 bits, else 8 bits       the same
 
 Kept are the GGUF file's own codes (ggufblocks.py); what else there is is rounded from the loaded weights. The output
-has 8 bits under int4 too, as llama.cpp's files do: its rounding goes straight into every logit. A matrix whose inputs
-are no multiple of 32 stays as it is. The embedding stays as it is: a lookup reads one row.
+has 8 bits under int4 too, as llama.cpp's files do: its rounding goes straight into every logit. Layers that multiply
+the same inputs have codes of one kind: beside kept ones of 8 bits, which lose least, the others are rounded to 8 bits.
+A matrix whose inputs are no multiple of 32 stays as it is. The embedding stays as it is: a lookup reads one row.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from sessiond.types import WeightsKind
 
 _LOOKED_AT = 16  # rows of kept codes
 
+# Layers that multiply the same inputs. The compiled decoder has them as one matrix, in one kind of codes: were they
+# made alike there, the model's own forward would compute with others, and so would who measures.
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 def load_blocks(path: Path, module: Any, kind: WeightsKind, *, kept: bool = True) -> dict[str, BlockWeights]:
     """Name of the weight -> its codes, for every nn.Linear of `module`, which was loaded from the directory `path`.
@@ -43,11 +48,11 @@ def load_blocks(path: Path, module: Any, kind: WeightsKind, *, kept: bool = True
     for name, child in module.named_modules():
         if not isinstance(child, nn.Linear) or child.in_features % BLOCK:
             continue
-        bits = 4 if kind == "int4" and child is not output else 8
+        needs_8_bits = kind == "int8" or _beside_8_bits(module, name, tied)
         weights = tied.get(id(child.weight))
-        if weights is None or (kind == "int8" and weights.bits != 8):
+        if weights is None or (needs_8_bits and weights.bits != 8):
             try:
-                weights = quantize(child.weight, bits)
+                weights = quantize(child.weight, 8 if needs_8_bits or child is output else 4)
             except ValueError as error:
                 raise ModelCorrupt(f"{name} of {path} cannot be quantized: {error}", path=path) from error
         elif weights.shape != child.weight.shape:
@@ -56,6 +61,14 @@ def load_blocks(path: Path, module: Any, kind: WeightsKind, *, kept: bool = True
             raise ModelCorrupt(f"{path / BLOCKS} has codes of other weights than those of {name}", path=path)
         found[f"{name}.weight"] = weights
     return found
+
+
+def _beside_8_bits(module: Any, name: str, kept: Mapping[int, BlockWeights]) -> bool:
+    """Whether a layer is one of those of which one has kept codes of 8 bits. `kept`: by the id of the parameter."""
+    above, _, last = name.rpartition(".")
+    parent = module.get_submodule(above)
+    beside = [kept.get(id(getattr(parent, other).weight)) for names in _JOINED if last in names for other in names]
+    return any(weights is not None and weights.bits == 8 for weights in beside)
 
 
 def _belong(kept: BlockWeights, weight: Tensor) -> bool:

@@ -13,9 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, LlamaConfig
 
 from sessiond import fused
+from sessiond.blockfile import write_blocks
+from sessiond.kernels.blockweights import quantize
 from sessiond.kernels.decoder import SessionRows
-from sessiond.kernels.matrix import Matrix
+from sessiond.kernels.matrix import Matrix, interleaved, stacked
 from sessiond.model import Feed, Model
+from sessiond.modelcheck import BLOCKS
 from sessiond.modelweights import load_blocks, with_blocks
 
 pytestmark = needs_build
@@ -161,6 +164,33 @@ def test_quantized_weights_are_computed_on_every_level(name, kind, level, tmp_pa
     assert model.invariant_rows is None
     with level:
         assert difference(model, peer, random_ids(40, 6)) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [{"q_proj": 8, "k_proj": 4}, {"v_proj": 8}, {"gate_proj": 4, "up_proj": 8}])
+def test_the_decoder_multiplies_by_the_codes_that_were_loaded(bits, tmp_path, monkeypatch):
+    """Also where a file has parts of one of its matrices in different kinds of codes."""
+    module, kept, given = peer_model("llama-kernels", dtype=torch.bfloat16), {}, []
+    for name, parameter in module.named_parameters():
+        kind = bits.get(name.removesuffix(".weight").rpartition(".")[2])
+        if kind:
+            kept[name] = quantize(parameter, kind)
+            parameter.data = kept[name].dequantize(torch.bfloat16)
+    write_blocks(tmp_path / BLOCKS, kept)
+    blocks = load_blocks(tmp_path, module, "int4")
+
+    class Watched(Matrix):
+        def __init__(self, weight, *rest):
+            super().__init__(weight, *rest)
+            given.append(weight.dequantize())
+
+    monkeypatch.setattr(fused, "Matrix", Watched)
+    Model(with_blocks(module, blocks))
+    for layer in range(3):
+        at = f"model.layers.{layer}"
+        parts = [blocks[f"{at}.self_attn.{name}_proj.weight"].dequantize() for name in "qkv"]
+        assert torch.equal(given[4 * layer], stacked(parts))
+        parts = [blocks[f"{at}.mlp.{name}_proj.weight"].dequantize() for name in ("gate", "up")]
+        assert torch.equal(given[4 * layer + 2], interleaved(*parts))
 
 
 @levels

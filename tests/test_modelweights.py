@@ -39,7 +39,7 @@ KEPT = {
     "mlp.gate_proj.weight": 8,
     "mlp.down_proj.weight": 4,
 }
-ROUNDED = ["self_attn.o_proj.weight", "mlp.up_proj.weight"]
+ROUNDED = {"self_attn.o_proj.weight": 4, "mlp.up_proj.weight": 8}  # the second stands beside the gate
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -110,10 +110,37 @@ def test_int4_takes_what_is_kept_and_rounds_the_rest(converted: Path) -> None:
     assert len(blocks) == 2 * 7 + 1
     for name in KEPT:
         assert torch.equal(blocks[LAYER + name].dequantize(), kept[LAYER + name].dequantize())
-    for name in ROUNDED:
-        expected = quantize(module.get_parameter(LAYER + name), 4)
+    for name, bits in ROUNDED.items():
+        expected = quantize(module.get_parameter(LAYER + name), bits)
         assert torch.equal(blocks[LAYER + name].dequantize(), expected.dequantize())
     assert torch.equal(blocks["lm_head.weight"].dequantize(), kept[EMBEDDING].dequantize())  # tied
+
+
+@pytest.mark.parametrize(
+    ("types", "names"),
+    [
+        ({"attn_q.weight": "Q8_0"}, ["q_proj", "k_proj", "v_proj"]),
+        ({"attn_v.weight": "Q8_0"}, ["q_proj", "k_proj", "v_proj"]),
+        ({"ffn_up.weight": "Q8_0"}, ["gate_proj", "up_proj"]),
+        ({"attn_output.weight": "Q8_0"}, []),
+    ],
+    ids=["query", "value", "up", "none"],
+)
+def test_layers_with_the_same_inputs_have_codes_of_one_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, types: dict[str, str], names: list[str]
+) -> None:
+    monkeypatch.setenv("SESSIOND_CACHE", str(tmp_path / "cache"))
+    path = modelstore.resolve(
+        str(write_gguf(tmp_path / "tiny.gguf", types=TYPES | {"ffn_gate.weight": "Q4_0"} | types))
+    ).path
+    kept, module = read_blocks(path / BLOCKS), load(path)
+    blocks = load_blocks(path, module, "int4")
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        weight, bits = f"{LAYER}{name}.weight", 8 if name.partition(".")[2] in names else 4
+        own = kept.get(weight)
+        expected = own if own and own.bits == bits else quantize(module.get_parameter(weight), bits)
+        assert blocks[weight].bits == bits, name
+        assert torch.equal(blocks[weight].dequantize(), expected.dequantize()), name
 
 
 def test_int8_keeps_eight_bits_and_rounds_everything_else(converted: Path) -> None:

@@ -177,6 +177,20 @@ class TestVerify:
         assert findings == []
         assert summary.cells_other_profile == 1
 
+    async def test_cells_of_other_kernels_serve_and_are_not_compared(self, daemons: Daemons, peer: Peer, monkeypatch):
+        """What an older version's kernels computed may differ in bits from what this one's would: that is no damage."""
+        session = await cold_session(peer)
+        (daemon,) = daemons.running
+        change_cell(daemon, 1)
+        n_cells = len(daemon.desk.store.log.all_cell_refs("default"))
+        monkeypatch.setattr("sessiond.model.SOURCES", "of another version")
+        daemon = await daemons.restart(daemon)
+        async with peer_of(daemon.port) as now:
+            findings, summary = await verify(now, recompute=1.0)
+            assert findings == []
+            assert (summary.cells_recomputed, summary.cells_other_profile) == (0, n_cells)
+            assert (await now.turn(session, "And?", max_tokens=2)).restored.tokens_recomputed == 0
+
     async def test_a_share_of_the_cells_is_drawn_by_the_seed(self, peer: Peer, daemon):
         for i in range(4):
             await cold_session(peer, str(i) + TEXT)

@@ -12,6 +12,8 @@ from kernel_marks import needs_build
 from kernel_spy import KernelSpy
 from step_hooks import StepHook
 
+from sessiond.server import Daemon
+
 pytestmark = needs_build
 
 LONG = 40
@@ -91,3 +93,30 @@ async def test_a_restart_changes_no_answer(daemons: Daemons, tmp_path, kernels, 
     for turns, last, expected in zip(before, after, whole, strict=True):
         assert last.restored.tokens_recomputed == 0
         assert [turn.ids for turn in [*turns, last]] == expected
+
+
+def bits_of(daemon: Daemon) -> list[int]:
+    """Bits of the codes that the compiled decoder has of a layer's matrices, and of the output."""
+    fused = daemon.desk.engine.model._fused
+    assert fused is not None, "it goes through the compiled decoder"
+    layer = fused.decoder.layers[-1]
+    return [matrix.bits for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down, fused.decoder.head)]
+
+
+async def test_a_restart_changes_no_answer_of_four_bits(daemons: Daemons, tmp_path, kernels):
+    daemon = await daemons.start(data_dir=tmp_path / "undisturbed", weights="int4")
+    async with peer_of(daemon.port) as peer:
+        whole = await converse(peer, await opened(peer, SYSTEMS[1]), TEXTS)
+    await daemons.stop(daemon)
+    daemon = await daemons.start(weights="int4")
+    async with peer_of(daemon.port) as peer:
+        session = await opened(peer, SYSTEMS[1])
+        turns = await converse(peer, session, TEXTS[:2])
+    daemon = await daemons.restart(daemon, weights="int4")
+    assert bits_of(daemon) == [4, 4, 4, 4, 8]
+    async with peer_of(daemon.port) as peer:
+        kernels.take()
+        turns.append(await peer.turn(session, TEXTS[2], max_tokens=LONG))
+        assert kernels.take() > LONG
+    assert turns[2].restored.tokens_recomputed == 0
+    assert [turn.ids for turn in turns] == [turn.ids for turn in whole]
