@@ -1,6 +1,7 @@
 /* What this machine can do at most: reading memory from end to end, and multiply-adds with operands in registers. The
    floors that kernels are held against. */
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "native.h"
@@ -153,4 +154,31 @@ int64_t probe_multiply_adds(int kind, int64_t rounds, uintptr_t sums, int n_thre
     struct multiply_job job = {multiply_of(kind), rounds, (float *)sums};
     parallel_chunks(multiply_chunk, &job, n_threads, n_threads);
     return n_threads * rounds * job.multiply.per_round;
+}
+
+struct region_job {
+    _Atomic int64_t *runs;
+    _Atomic int64_t wrong;
+    int64_t n_chunks;
+};
+
+static void count_run(void *arg, int64_t chunk) {
+    struct region_job *job = arg;
+    if (chunk < 0 || chunk >= job->n_chunks) atomic_fetch_add(&job->wrong, 1);
+    else atomic_fetch_add(job->runs + chunk, 1);
+}
+
+/* Tests: how many chunks, of regions of 1 to n_chunks, were not run exactly once when their region was over; -1: no
+   memory. */
+int64_t probe_regions(int64_t n_regions, int64_t n_chunks, int n_threads) {
+    struct region_job job = {.runs = calloc((size_t)n_chunks, sizeof *job.runs)};
+    if (!job.runs) return -1;
+    int64_t wrong = 0;
+    for (int64_t region = 0; region < n_regions; region++) {
+        job.n_chunks = 1 + region % n_chunks;
+        parallel_chunks(count_run, &job, job.n_chunks, n_threads);
+        for (int64_t i = 0; i < n_chunks; i++) wrong += atomic_exchange(job.runs + i, 0) != (i < job.n_chunks);
+    }
+    free(job.runs);
+    return wrong + atomic_load(&job.wrong);
 }

@@ -13,6 +13,7 @@ from engine_harness import torch_threads
 from kernel_marks import needs_build
 
 from sessiond.kernels.matrix import Matrix
+from sessiond.kernels.native_library import lib
 
 pytestmark = needs_build
 
@@ -32,6 +33,11 @@ def test_any_number_of_threads_gives_the_same(matrix: Matrix, n_threads: int):
         expected = matrix.product(rows(1))
     with torch_threads(n_threads):
         assert all(torch.equal(matrix.product(rows(1)), expected) for _ in range(500))
+
+
+@pytest.mark.parametrize("n_threads", [2, 7])
+def test_every_chunk_is_run_once_before_its_region_ends(n_threads: int):
+    assert lib.probe_regions(100_000, 16, n_threads) == 0
 
 
 def test_many_callers_at_once_each_get_their_own(matrix: Matrix):
