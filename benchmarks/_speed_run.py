@@ -101,7 +101,8 @@ class Run:
     def many(self) -> None:
         """Many sessions at once."""
         options, most = self.options, max(self.options.sessions)
-        prompts = {number: self.text.take(options.batch_context) for number in range(most)}
+        # And the token that decoding begins with: transformers shares whole pages of what it has computed.
+        prompts = {number: self.text.take(options.batch_context + 1) for number in range(most)}
         self.floors.sample(FLOOR_SAMPLES)
         ours = Field(self.ours, self.measured, out.print)
         if "batch" in options.phases:
