@@ -119,8 +119,9 @@ static void *worker(void *index) {
     return NULL;
 }
 
-/* In a process that was forked off there are no workers. */
+/* In a process that was forked off there are no workers, and nobody ends a region that was under way. */
 static void forget_workers(void) {
+    atomic_store(&pool.ticket, (uint64_t)(number_of(atomic_load(&pool.ticket)) | 1) << 32);
     pool.started = 0;
     atomic_store(&pool.asleep, 0), atomic_store(&pool.caller_asleep, 0);
     pthread_mutex_init(&pool.lock, NULL), pthread_cond_init(&pool.work, NULL), pthread_cond_init(&pool.end, NULL);
@@ -162,7 +163,7 @@ void parallel_chunks(chunk_fn fn, void *arg, int64_t n_chunks, int n_threads) {
         return;
     }
     if (pool.started < n_workers) start_workers(n_workers);
-    const uint32_t number = number_of(atomic_load(&pool.ticket)) + 2;
+    const uint32_t number = (number_of(atomic_load(&pool.ticket)) | 1) + 1;
     atomic_store_explicit(&pool.ticket, (uint64_t)(number - 1) << 32, memory_order_relaxed);
     atomic_thread_fence(memory_order_release);
     atomic_store_explicit(&pool.fn, fn, memory_order_relaxed);

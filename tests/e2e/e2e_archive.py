@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -44,12 +44,17 @@ def parts(archive: bytes, *, chunk: int = 1 << 20, **header: Any) -> Iterator[pb
     yield pb.ImportSessionRequest(trailer=trailer)
 
 
-async def send(peer: Peer, messages: Any) -> pb.ImportSessionResponse:
+async def send(peer: Peer, messages: Iterable[pb.ImportSessionRequest]) -> pb.ImportSessionResponse:
+    """Import. Again if grpc's asyncio client lost the answer of a server that ended the call while it still wrote
+    (https://github.com/grpc/grpc/issues/36066): such an import was refused."""
+    kept = list(messages)
     async with asyncio.timeout(PATIENCE):
-        try:
-            return await peer.sessions.ImportSession(iter(messages), metadata=peer.metadata)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error) from error
+        while True:
+            try:
+                return await peer.sessions.ImportSession(iter(kept), metadata=peer.metadata)
+            except grpc.aio.AioRpcError as error:
+                if error.details() != "Internal error from Core":
+                    raise from_rpc_error(error) from error
 
 
 async def import_(peer: Peer, archive: bytes, **header: Any) -> pb.ImportSessionResponse:

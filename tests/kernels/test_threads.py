@@ -64,11 +64,28 @@ def test_workers_sleep_and_are_woken(matrix: Matrix):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_forked_process_starts_threads_of_its_own(matrix: Matrix):
+@pytest.mark.parametrize("busy", [False, True], ids=["between regions", "in the middle of one"])
+def test_a_forked_process_starts_threads_of_its_own(matrix: Matrix, busy: bool):
+    stop = threading.Event()
+
+    def ask() -> None:
+        torch.set_num_threads(2)
+        while not stop.is_set():
+            matrix.product(rows(4))
+
     with torch_threads(2):
         expected, x = matrix.product(rows(3)), rows(3)
-        child = os.fork()
-        if child == 0:
-            signal.alarm(20)  # one that waits for threads it has not got must not wait forever
-            os._exit(0 if all(torch.equal(matrix.product(x), expected) for _ in range(50)) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        other = threading.Thread(target=ask)
+        if busy:
+            other.start()
+        try:
+            for _ in range(5):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(20)  # one that waits for threads it has not got must not wait forever
+                    os._exit(0 if all(torch.equal(matrix.product(x), expected) for _ in range(50)) else 1)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            stop.set()
+            if busy:
+                other.join()
