@@ -103,15 +103,21 @@ def check_lengths(streams: Sequence[Stream], n_tokens: int) -> None:
 
 
 def decode(field_: Field, context: int, ids: list[int], n_tokens: int, repeats: int, policies: Sequence[str]) -> None:
-    """Decoding by one session after a prompt of `ids`; ours under each of `policies` too."""
+    """Decoding by one session after a prompt of `ids`; ours under each of `policies` too, which has a session of its own.
+
+    A session that changed its policy every turn would build an index every turn.
+    """
     field_.hold({0: ids})
-    entries: list[tuple[str, Contender, str | None]] = [(one.name, one, None) for one in field_.contenders]
-    entries += [(f"{one.name}_{policy}", one, policy) for policy in policies for one in field_.ours]
+    entries: list[tuple[str, Contender, str | None, int]] = [(one.name, one, None, 0) for one in field_.contenders]
+    for number, policy in enumerate(policies, 1):
+        for one in field_.ours:
+            one.hold({number: ids})
+            entries.append((f"{one.name}_{policy}", one, policy, number))
     for repeat in range(-1, repeats):  # the first warms up
-        for name, contender, policy in entries if alternating(repeat) else reversed(entries):
+        for name, contender, policy, number in entries if alternating(repeat) else reversed(entries):
             if isinstance(contender, Ours):
                 contender.policy = policy
-            streams = field_.alone(contender, partial(contender.decode, [0], n_tokens))
+            streams = field_.alone(contender, partial(contender.decode, [number], n_tokens))
             check_lengths(streams, n_tokens)
             if repeat >= 0:
                 field_.measured.note(f"decode_ms_{context}", name, token_ms(streams[0]))
