@@ -103,7 +103,7 @@ def check_lengths(streams: Sequence[Stream], n_tokens: int) -> None:
 
 
 def decode(field_: Field, context: int, ids: list[int], n_tokens: int, repeats: int, policies: Sequence[str]) -> None:
-    """Decoding by one session after a prompt of `ids`; ours under each of `policies` too, which has a session of its own.
+    """Decoding by one session after a prompt of `ids`; ours under each of `policies` too, each in a session of its own.
 
     A session that changed its policy every turn would build an index every turn.
     """

@@ -42,11 +42,13 @@ class FusedStep(ForwardStep):
         self._n_layers = len(fused.decoder.layers)
         self._layer = 0
         self._sieves = [_sieve_of(span, fused) for span in packed.spans]
-        # Layers whose attention the decoder computes itself.
+        # Whether the decoder computes all attention itself, but in layers that are looked at.
         self._plain = all(
             span.capture is None and (span.selection is None or sieve is not None)
             for span, sieve in zip(packed.spans, self._sieves, strict=True)
         )
+        looked_at = (span.selection.looked_at for span in packed.spans if span.selection is not None)
+        self._by_hand = frozenset[int]().union(*looked_at) if self._plain else frozenset(range(self._n_layers))
         sessions, n_positions = [], 0
         for span, sieve in zip(packed.spans, self._sieves, strict=True):
             n_new, cache = span.end - span.start, span.cache
@@ -60,12 +62,15 @@ class FusedStep(ForwardStep):
 
     @torch.inference_mode()
     def advance(self, enough: Callable[[], bool] | None = None) -> Tensor | None:
-        if self._plain and enough is None:
-            self._step.run(self._layer, self._n_layers)
-            self._layer = self._n_layers
         while self._layer < self._n_layers:
-            self._compute(self._layer)
-            self._layer += 1
+            if self._layer in self._by_hand:
+                self._compute(self._layer)
+                self._layer += 1
+            else:
+                by_hand = (layer for layer in self._by_hand if layer > self._layer)
+                end = self._layer + 1 if enough is not None else min(by_hand, default=self._n_layers)
+                self._step.run(self._layer, end)
+                self._layer = end
             if enough is not None and self._layer < self._n_layers and enough():
                 return None
         if self._plain:
@@ -75,9 +80,7 @@ class FusedStep(ForwardStep):
         return self._fused.logits(self._step, self._logit_rows)
 
     def _compute(self, index: int) -> None:
-        if self._plain:
-            self._step.run(index, index + 1)
-            return
+        """A layer whose attention the decoder does not compute."""
         layer, step = self._fused.decoder.layers[index], self._step
         step.before(index)
         attend(step.query.transpose(0, 1), self._packed, index, layer.scaling, layer.window or None, out=step.attended)

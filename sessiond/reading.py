@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sessiond.policies.base import Scan, Taken
-from sessiond.policies.choosing import summed_weights
 from sessiond.types import KVShape, Tier
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLE_EVERY = 16  # generated tokens
 WEIGHED_TOKENS = 4096  # weights are computed again for so many tokens in a sample: a layer of them, or several of fewer
+WEIGHED_TOGETHER = 128
 N_RANGES = 64  # of the context, at most, for which reads are counted apart
 
 
@@ -192,27 +192,30 @@ class Reading:
         reads.last = self.n_steps, positions
         reads.n_generated += 1
         reads.generated.add(positions, padded=padded)
+        if self._sampling:
+            self.samples += self.by_range(positions)
 
     @property
-    def looks_closer(self) -> bool:
-        """Whether the step under way is one to look closer at."""
-        return self._sampling
+    def weighed(self) -> frozenset[int]:
+        """Layers whose choice `weigh` is to be shown in the step under way."""
+        return self._weighing
 
-    def look_closer(self, layer: int, positions: Tensor, query: Tensor, keys: Tensor, scaling: float) -> None:
+    def weigh(self, layer: int, positions: Tensor, query: Tensor, keys: Tensor, scaling: float) -> None:
         """A layer chose positions [G, K] for a generated token's query [H, 1, D]; keys [G, N, D], its own the last."""
-        self.samples += self.by_range(positions)
-        if layer in self._weighing:
-            reads, missed = self.layers[layer], self._missed(positions, query, keys, keys.shape[1], scaling)
-            reads.missed = missed if reads.missed is None else reads.missed + missed
+        reads, missed = self.layers[layer], self._missed(positions, query, keys, scaling)
+        reads.missed = missed if reads.missed is None else reads.missed + missed
 
     def by_range(self, positions: Tensor) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """How many of the positions [G, K] of the history lie in each range."""
         at = positions.numpy().ravel()
         return np.bincount(at[at >= 0] >> self._range_bits, minlength=N_RANGES)
 
-    def _missed(self, positions: Tensor, query: Tensor, keys: Tensor, end: int, scaling: float) -> Tensor:
+    def _missed(self, positions: Tensor, query: Tensor, keys: Tensor, scaling: float) -> Tensor:
         """Full attention's probability outside positions [G, K] and the turn's own, a group's heads averaged: [G]."""
-        weights = summed_weights(query, torch.tensor([end - 1]), keys, torch.arange(end), scaling)
+        grouped = query.float().reshape(keys.shape[0], -1, keys.shape[2]) * scaling
+        # A few keys at a time: what torch's threads take no part in costs other threads nothing.
+        scores = torch.cat([grouped @ some.float().mT for some in keys.split(WEIGHED_TOGETHER, 1)], -1)
+        weights = scores.softmax(-1).mean(1)
         held = (weights.gather(1, positions.clamp(min=0).long()) * (positions >= 0)).sum(1)
         held += weights[:, self.turn_start :].sum(1)
-        return (1 - held * (keys.shape[0] / query.shape[0])).clamp(0, 1)
+        return (1 - held).clamp(0, 1)

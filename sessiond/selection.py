@@ -119,8 +119,6 @@ class Selection:
         """
         if self.failure is not None or self.prior is not None or position < self.turn_start:
             return None
-        if self.reading is not None and self.reading.looks_closer:
-            return None
         indexes: list[SieveIndex | None] = [None] * len(self._selectors)
         for layer in layers:
             selector = self._selectors[layer]
@@ -129,6 +127,11 @@ class Selection:
                 if indexes[layer] is None:
                     return None
         return Sieved(indexes, n_groups, head_dim, self.turn_start, position)
+
+    @property
+    def looked_at(self) -> frozenset[int]:
+        """Layers in which `choose` is to be asked in the step under way, whatever is compiled."""
+        return frozenset() if self.reading is None else self.reading.weighed
 
     def compiled_done(self, sieved: Sieved, end: int) -> None:
         """The layers are computed: take note of what was chosen in them for the token before `end`."""
@@ -157,7 +160,7 @@ class Selection:
         decoding: bool,
         padded: bool,
     ) -> None:
-        """Have an answer counted, and looked at closer if `view` shows what it was chosen from.
+        """Have an answer counted, and weighed if it is to be and `view` shows what it was chosen from.
 
         A statistic must not end the step, and with it other sessions' turns.
         """
@@ -168,8 +171,8 @@ class Selection:
                 self.reading.scanned(layer, scan)
             if taken is not None:
                 self.reading.chose(layer, taken, decoding=decoding, padded=padded)
-                if view is not None and decoding and self.reading.looks_closer:
-                    self.reading.look_closer(layer, taken.positions, view.query, view.keys, view.scaling)
+                if view is not None and layer in self.reading.weighed:
+                    self.reading.weigh(layer, taken.positions, view.query, view.keys, view.scaling)
         except Exception:
             log.exception("what a turn reads is not counted any further", policy=self.policy.name)
             self.reading = None

@@ -33,7 +33,7 @@ MIXED = registry.parse(
         "otherwise": {"name": "sieve", "bits": 2, "least": 8, "most": 32},
     },
 )
-N_HISTORY, N_NEW = 300, 40  # some of the tokens are looked at closer, some need the index to grow
+N_HISTORY, N_NEW = 300, 60  # some of the tokens are looked at closer, and once the index has to grow
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_the_same_bits_and_record_as_layer_by_layer(level, monkeypatch, name: st
     with level, counted(monkeypatch, compiled=True) as asked:
         found, reading = converse(model, policy, lambda: Session(model))
     assert sum(asked) > N_NEW * 3 // 4
-    assert not all(asked)  # those that are looked at closer
+    assert all(asked) == (told.select_seconds == 0)  # an index has to grow once
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert same_record(reading, told)
     assert (reading.select_seconds > 0) == (told.select_seconds > 0)
