@@ -1,9 +1,8 @@
 """The layers of a decoder-only transformer in a few compiled calls a step (kernels/native/decoder.h).
 
 A step of one token is a hundred small operations a layer; as many calls through a framework take longer than reading
-the weights. Here a step whose sessions attend to everything, or to what sieve chooses, is one call, without
-the interpreter's lock. The reference
-is the model's own forward in transformers.
+the weights. Here a step whose sessions attend to everything, or to what sieve chooses, is one call, without the
+interpreter's lock. The reference is the model's own forward in transformers.
 """
 
 from __future__ import annotations

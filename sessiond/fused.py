@@ -65,7 +65,7 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
     """
     config, model = module.config.get_text_config(), getattr(module.model, "language_model", module.model)
     gate = _GATES.get(getattr(config, "hidden_activation", None) or config.hidden_act)
-    ropes = _ropes(model.rotary_emb)
+    ropes = ropes_of(model.rotary_emb)
     first = model.layers[0].self_attn
     head_dim: int = first.head_dim
     if not BUILT or module.dtype is not torch.bfloat16 or gate is None:
@@ -94,6 +94,17 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
     decoder = Decoder(shape, layers, _norm(model.norm), _matrix([module.lm_head], lambda parts: parts[0]))
     softcap = getattr(config, "final_logit_softcapping", None)
     return Fused(decoder, model.embed_tokens, list(ropes.values()), softcap)
+
+
+def ropes_of(embedding: nn.Module | None) -> dict[str, Rope]:
+    """Rotary embedding of each kind of layer that has its own, of all under ""; none where rotation is otherwise."""
+    ropes = {}
+    for name, inv_freq in embedding.named_buffers() if embedding is not None else ():
+        prefix = name.removesuffix("inv_freq")
+        if prefix != name and not prefix.endswith("original_"):
+            scaling = float(getattr(embedding, f"{prefix}attention_scaling", 1.0))
+            ropes[prefix.removesuffix("_")] = Rope(inv_freq.float(), scaling)
+    return ropes
 
 
 def let_go(module: Any) -> None:
@@ -189,15 +200,3 @@ def _norm(norm: Any) -> Tensor:
     """Factors of an RMS norm, fp32; Gemma's are stored as what they differ by from 1."""
     weight: Tensor = norm.weight.detach().float()
     return weight + 1 if type(norm).__name__.startswith("Gemma") else weight.contiguous()
-
-
-def _ropes(embedding: Any) -> dict[str, Rope]:
-    """Rotary embedding of each kind of layer that has its own, else of all ("")."""
-    kinds = [name.removesuffix("_inv_freq") for name, _ in embedding.named_buffers() if name.endswith("_inv_freq")]
-    prefixes = {kind: f"{kind}_" for kind in kinds if not kind.endswith("original")} or {"": ""}
-    return {
-        kind: Rope(
-            getattr(embedding, f"{prefix}inv_freq").float(), float(getattr(embedding, f"{prefix}attention_scaling"))
-        )
-        for kind, prefix in prefixes.items()
-    }

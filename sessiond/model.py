@@ -17,7 +17,7 @@ from sessiond import attention
 from sessiond.cache import PackedSpan, SessionCache
 from sessiond.errors import ModelCorrupt, ModelMissing, ModelUnsupported
 from sessiond.forward import ForwardStep, FusedStep, ModuleStep
-from sessiond.fused import fuse, let_go
+from sessiond.fused import fuse, let_go, ropes_of
 from sessiond.kernels.attention import Scratch, native_attention_supported
 from sessiond.kernels.native_library import ISA, LEVELS, SOURCES
 from sessiond.kernels.rope import Rope
@@ -81,7 +81,8 @@ class Model:
             dtype=_DTYPE_NAMES[module.dtype],
         )
         self._scratch = Scratch()
-        self._rope = _rope_of(self.module)
+        ropes = ropes_of(getattr(getattr(module, "model", None), "rotary_emb", None))
+        self._rope = ropes.get("full_attention", ropes.get(""))
         windows = [
             0 if layer in self.facts.attending else self.sliding_window or 0 for layer in range(self.shape.n_layers)
         ]
@@ -226,16 +227,6 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelCorrupt(f"the tokenizer in {path} cannot be read: {error}", path=path) from error
-
-
-def _rope_of(module: Any) -> Rope | None:
-    """The model's rotary embedding, of full-attention layers where kinds of layers differ."""
-    embedding = getattr(getattr(module, "model", None), "rotary_emb", None)
-    for prefix in ("full_attention_", ""):
-        inv_freq = getattr(embedding, f"{prefix}inv_freq", None)
-        if isinstance(inv_freq, Tensor):
-            return Rope(inv_freq.float(), float(getattr(embedding, f"{prefix}attention_scaling", 1.0)))
-    return None
 
 
 def _rope_types(config: PreTrainedConfig) -> list[str]:

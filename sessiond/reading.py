@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SAMPLE_EVERY = 16  # generated tokens
 WEIGHED_TOKENS = 4096  # weights are computed again for so many tokens in a sample: a layer of them, or several of fewer
-WEIGHED_TOGETHER = 128
+WEIGHED_TOGETHER = 128  # keys that one small product takes
 N_RANGES = 64  # of the context, at most, for which reads are counted apart
 
 
@@ -214,7 +214,7 @@ class Reading:
         """Full attention's probability outside positions [G, K] and the turn's own, a group's heads averaged: [G]."""
         grouped = query.float().reshape(keys.shape[0], -1, keys.shape[2]) * scaling
         # A few keys at a time: what torch's threads take no part in costs other threads nothing.
-        scores = torch.cat([grouped @ some.float().mT for some in keys.split(WEIGHED_TOGETHER, 1)], -1)
+        scores = torch.cat([grouped @ some.float().mT for some in torch.split(keys, WEIGHED_TOGETHER, 1)], -1)
         weights = scores.softmax(-1).mean(1)
         held = (weights.gather(1, positions.clamp(min=0).long()) * (positions >= 0)).sum(1)
         held += weights[:, self.turn_start :].sum(1)

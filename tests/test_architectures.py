@@ -22,7 +22,6 @@ from engine_harness import (
     peer_model,
     random_ids,
     tokens_of,
-    torch_threads,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -31,15 +30,11 @@ from sessiond.errors import ModelUnsupported
 from sessiond.model import SUPPORTED, Feed, Model
 from sessiond.scheduler import Scheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Largest difference of a logit, over the largest logit of the peer. Measured: 5e-6 at most.
 TOLERANCE = 2e-5
 LENGTHS = (1, 63, 127, 128, 129, 300)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine_harness import torch_threads
 from torch import Tensor
 
 from sessiond.attention import PackedStep, attend, sessiond_attention
@@ -16,18 +15,14 @@ from sessiond.kernels import attention as kernel
 from sessiond.kernels.attention import Scratch
 from sessiond.types import KVShape
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CAPACITY = 640
 LAYER = 1
 SCALING = 0.3
 # Largest difference from the loop in fp64, over the largest value. Measured: fp32 7e-7, bf16 7e-3 (scores and
 # weights are rounded to bf16, 8 bits).
 TOLERANCE = {"float32": 3e-6, "bfloat16": 1.5e-2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with torch_threads(1):
-        yield
 
 
 def reference(query: Tensor, keys: Tensor, values: Tensor, position: int, window: int | None) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_harness import CELL, Session, make_pair, random_ids, torch_threads
+from engine_harness import CELL, Session, make_pair, random_ids
 from kernel_marks import needs_build
 from resting_steps import RestingSteps
 from step_hooks import StepHook
@@ -16,15 +16,9 @@ from step_hooks import StepHook
 from sessiond.engine import Engine
 from sessiond.model import Model
 
-pytestmark = needs_build
+pytestmark = [needs_build, pytest.mark.usefixtures("one_thread")]
 
 PATIENCE = 30.0  # seconds
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from engine_harness import CELL, DETOKENIZER, GREEDY, VOCAB, drain, make_pair, random_ids, torch_threads
+from engine_harness import CELL, DETOKENIZER, GREEDY, VOCAB, drain, make_pair, random_ids
 from small_policies import SMALL
 from torch import Tensor
 
@@ -27,14 +27,10 @@ from sessiond.textstream import TextStream
 from sessiond.turnwork import TurnWork
 from sessiond.types import KVShape, Tier
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N_HISTORY, N_PROMPT, N_NEW = 301, 30, 20  # so many that two tokens are looked at closer
 SHAPE = KVShape(n_layers=2, n_kv_heads=2, head_dim=4, dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with torch_threads(1):
-        yield
 
 
 @dataclass

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-from engine_harness import CELL, Session, drain, ended, make_pair, random_ids, step_until, tokens_of, torch_threads
+from engine_harness import CELL, Session, drain, ended, make_pair, random_ids, step_until, tokens_of
 from kernel_marks import needs_build
 from resting_steps import RestingSteps
 from test_zipping import filled, scored, state, work_of
@@ -18,15 +17,9 @@ from sessiond.model import Model
 from sessiond.scheduler import Scheduler
 from sessiond.stepevents import CellSealed, Ended
 
-pytestmark = needs_build
+pytestmark = [needs_build, pytest.mark.usefixtures("one_thread")]
 
 N_LAYERS = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture

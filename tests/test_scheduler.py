@@ -17,7 +17,6 @@ from engine_harness import (
     random_ids,
     step_until,
     tokens_of,
-    torch_threads,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,11 +29,7 @@ from sessiond.textstream import TextStream
 from sessiond.turnwork import Piece, plan_prefill
 from sessiond.types import FinishReason
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with torch_threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

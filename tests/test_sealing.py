@@ -29,19 +29,14 @@ from sessiond.storage.store import Store
 from sessiond.tiers import Tiers
 from sessiond.types import Span
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TENANT, IDENTITY, PROFILE = "acme", "tiny", "here"
 # Ten turns: odd sizes of new input, each answered with four tokens; 700 tokens, five whole cells and a tail of 60.
 INPUTS = (1, 63, 127, 128, 129, 5, 37, 90, 64, 16)
 ANSWER = 4
 N_TOKENS = sum(INPUTS) + ANSWER * len(INPUTS)
 N_CELLS = N_TOKENS // CELL
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bytes are promised for a fixed number of threads; one is quickest for models this small."""
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture(

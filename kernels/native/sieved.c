@@ -1,15 +1,8 @@
 /* A step of sieve in one layer (policies/sieve.py): the new key joins the index, the index says what is read. */
-#include <time.h>
-
+#include "clock_inline.h"
 #include "keycodes.h"
 #include "sieve.h"
 #include "sieved_inline.h"
-
-static int64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
 
 /* One token at `whole`'s position over k chosen ones and its turn's own. */
 static struct chosen_span span_of(const struct attention_span *whole, int64_t turn_start, uintptr_t positions, int64_t k) {

@@ -7,8 +7,8 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <time.h>
 
+#include "clock_inline.h"
 #include "native.h"
 
 enum { MOST_WORKERS = 255 };
@@ -32,12 +32,6 @@ static struct {
           .end = PTHREAD_COND_INITIALIZER};
 
 static inline uint32_t number_of(uint64_t ticket) { return (uint32_t)(ticket >> 32); }
-
-static inline int64_t nanoseconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
 
 static inline void relax(void) {
 #if HAVE_X86

@@ -8,8 +8,8 @@ from engine_harness import peer_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as apply_to_a_part
 
+from sessiond.fused import ropes_of
 from sessiond.kernels.rope import Rope
-from sessiond.model import _rope_of
 
 YARN = {
     "rope_type": "yarn",
@@ -21,8 +21,7 @@ POSITIONS = torch.tensor([0, 1, 2, 63, 700, 2047])
 
 
 def rope_of(peer) -> Rope:
-    rope = _rope_of(peer)
-    assert rope is not None
+    (rope,) = ropes_of(peer.model.rotary_emb).values()
     return rope
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_harness import CELL, Session, digest, make_pair, random_ids, torch_threads
+from engine_harness import CELL, Session, digest, make_pair, random_ids
 from kernel_marks import needs_build
 from small_policies import SMALL
 
@@ -18,15 +18,11 @@ from sessiond.policies.registry import POLICIES, parse
 from sessiond.policies.window import WindowSelector
 from sessiond.zipping import score
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INPUTS = (40, 63, 127, 128, 129, 5, 37, 90, 1, 16)
 ANSWER = 4
 INSTRUCTION = Instruction(random_ids(9, 91), random_ids(7, 92), random_ids(3, 93))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    with torch_threads(1):
-        yield
 
 
 @pytest.fixture(
