@@ -23,14 +23,26 @@ int64_t operand_bytes(int64_t rows, int64_t n);
 struct operand operand_at(void *work, int64_t rows, int64_t n);
 
 INLINE float max_abs(const float *values) {
-    float most[LANES] = {0};
-    for (int i = 0; i < BLOCK; i++) {
-        float size = values[i] < 0 ? -values[i] : values[i];
-        most[i % LANES] = size > most[i % LANES] ? size : most[i % LANES];
+    float most[LANES];
+    for (int i = 0; i < LANES; i++) {
+        float first = values[i] < 0 ? -values[i] : values[i];
+        float second = values[LANES + i] < 0 ? -values[LANES + i] : values[LANES + i];
+        first = first > 0 ? first : 0;
+        most[i] = second > first ? second : first;
     }
-    float all = 0;
-    for (int i = 0; i < LANES; i++) all = most[i] > all ? most[i] : all;
-    return all;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) most[i] = most[half + i] > most[i] ? most[half + i] : most[i];
+    return most[0];
+}
+
+/* 0, or none where one of the values is no number. Sums by lanes: one sum after the other would take longer than all
+   else of a block. */
+INLINE float strangeness(const float *values) {
+    float strange[LANES];
+    for (int i = 0; i < LANES; i++) strange[i] = values[i] * 0.0f + values[LANES + i] * 0.0f;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) strange[i] += strange[half + i];
+    return strange[0];
 }
 
 /* Writes one block of 32 numbers of a row. */
@@ -51,9 +63,7 @@ INLINE void operand_block(const struct operand *x, int64_t bits, int64_t row, in
         sum += code;
     }
     /* A number that is none must not be lost in codes: it makes the whole block none. */
-    float strange = 0;
-    for (int i = 0; i < BLOCK; i++) strange += values[i] * 0.0f;
-    x->scales[place] = scale + strange;
+    x->scales[place] = scale + strangeness(values);
     x->sums[place] = x->scales[place] * (float)sum;
     x->shifts[place] = -128 * sum;
 }
