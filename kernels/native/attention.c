@@ -9,7 +9,8 @@
 
 #include "attention_inline.h"
 
-enum { FEW_PART = 256, MANY_PART = 1024, MAX_PARTS = 8, MANY_CHUNKS = 48 };
+/* A part's first keys come from memory unasked: the fewer parts the better, if there are some for every thread. */
+enum { SHORT_PART = 256, SHORT = 1024, LONG_PART = 512, MANY_PART = 1024, MAX_PARTS = 8, MANY_CHUNKS = 48 };
 
 typedef void (*attention_fn)(const struct attention_piece *piece);
 
@@ -34,8 +35,9 @@ static struct attention_cut cut_of(const struct attention_shape *shape, const st
     int few = cut.rows <= FEW_ROWS;
     cut.block_rows = few ? cut.rows : BLOCK_ROWS;
     cut.n_blocks = cut.rows ? (cut.rows + cut.block_rows - 1) / cut.block_rows : 0;
-    int64_t n_keys = span->position + span->n_new, most = MAX_PARTS, part = few ? FEW_PART : MANY_PART;
+    int64_t n_keys = span->position + span->n_new, most = MAX_PARTS, part = MANY_PART;
     if (shape->window) n_keys = least(n_keys, shape->window + span->n_new);
+    if (few) part = n_keys > SHORT ? LONG_PART : SHORT_PART;
     if (!few) most = least(most, MANY_CHUNKS / (cut.n_blocks * shape->n_groups) + 1);
     cut.n_parts = least((n_keys + part - 1) / part, most);
     return cut;
@@ -79,7 +81,7 @@ INLINE void join(const struct attention_piece *piece, int64_t n_parts, int64_t s
         float top = NO_SCORE, total = 0.0f, factor[MAX_PARTS], values[MAX_DIM];
         for (int64_t p = 0; p < n_parts; p++) top = maxima[p * step] > top ? maxima[p * step] : top;
         for (int64_t p = 0; p < n_parts; p++) {
-            factor[p] = exp2f(maxima[p * step] - top);
+            factor[p] = power_of_two(maxima[p * step] - top);
             total += factor[p] * sums[p * step];
         }
         for (int64_t d = 0; d < head_dim; d++) values[d] = 0.0f;

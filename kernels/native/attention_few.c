@@ -46,7 +46,7 @@ INLINE AVX512 float soften(const float *scores, int64_t n, uint16_t *weights, fl
         total = _mm512_add_ps(total, weight);
         _mm256_storeu_si256((__m256i *)(weights + j), (__m256i)_mm512_cvtneps_pbh(weight));
     }
-    float scale = exp2f(*max - best);
+    float scale = power_of_two(*max - best);
     *sum = *sum * scale + _mm512_reduce_add_ps(total);
     *max = best;
     return scale;
@@ -102,7 +102,7 @@ INLINE AVX512 void score_span(const int64_t head_dim, const struct attention_pie
     const uint16_t *keys = piece->keys + at * head_dim, *values = piece->values + at * head_dim;
     for (int64_t j = 0; j < n; j += TILE) {
         fetch(values + j * head_dim, TILE * head_dim);
-        fetch(keys + (j + AHEAD) * head_dim, TILE * head_dim);
+        if (at + j + AHEAD < piece->end) fetch(keys + (j + AHEAD) * head_dim, TILE * head_dim);
         for (int64_t r = 0; r < rows; r++) {
             __m512 scores = _mm512_mul_ps(score_tile(work->query[r], keys + j * head_dim, head_dim), scaling);
             if (work->first[r] > at + j || work->last[r] < at + j + TILE - 1)
