@@ -124,15 +124,16 @@ class Desk:
     def post(self, events: list[Event]) -> None:
         """Called by the engine thread once a step.
 
-        Tokens go straight to the log's writer, and reach the loop when they are durable: every thread that is woken
-        takes a core from the next step.
+        Tokens go straight to the log's writer, all of a step together, and reach the loop when they are durable: every
+        thread that is woken takes a core from the next step.
         """
         rest: list[Event] = []
-        for event in events:
-            if not isinstance(event, TokenOut):
-                rest.append(event)
-            elif turn := self.turns.get(event.turn_id):
-                turn.log_token(event)
+        with self.store.log.together():
+            for event in events:
+                if not isinstance(event, TokenOut):
+                    rest.append(event)
+                elif turn := self.turns.get(event.turn_id):
+                    turn.log_token(event)
         if rest:
             self.handover.call(lambda: self._dispatch(rest))
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -25,7 +25,7 @@ from sessiond.storage.mapfile import ReadTxn as ReadTxn
 from sessiond.storage.mapfile import WriteTxn as WriteTxn
 from sessiond.storage.tally import TalliedTxn, Tally, build_tally, read_tally
 
-QUEUED_BATCHES = 1024
+QUEUED_WRITES = 1024
 MAX_TXN_BYTES = 8 << 20
 DEFAULT_RESERVE_BYTES = 64 << 20
 _SPARE_BYTES = 1 << 20
@@ -98,8 +98,9 @@ class Environment:
             self._map.close()
             raise
         # A SimpleQueue wakes the writer with one lock handed over, a Queue with three; the semaphore bounds it.
-        self._queue: queue.SimpleQueue[_Batch | _Task | None] = queue.SimpleQueue()
-        self._room = threading.BoundedSemaphore(QUEUED_BATCHES)
+        self._queue: queue.SimpleQueue[list[_Batch] | _Task | None] = queue.SimpleQueue()
+        self._room = threading.BoundedSemaphore(QUEUED_WRITES)
+        self._gathering = threading.local()
         self._submit_lock = threading.Lock()
         self._closed = False
         self._failed: BaseException | None = None
@@ -123,11 +124,33 @@ class Environment:
         """
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()
-        with self._submit_lock:
-            if self._closed:
-                raise errors.Draining("the store is closed")
-            self._put(_Batch(ops, n_bytes, frees, done))
+        batch = _Batch(ops, n_bytes, frees, done)
+        gathered: list[_Batch] | None = getattr(self._gathering, "batches", None)
+        if gathered is not None:
+            gathered.append(batch)
+        else:
+            self._queue_up([batch])
         return done
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread submits inside the block is queued at its end, and becomes durable in one transaction.
+
+        Each batch is still atomic by itself. Their futures fail with Draining if the store is closed by then; nobody
+        may wait for them inside the block.
+        """
+        gathered: list[_Batch] = []
+        self._gathering.batches = gathered
+        try:
+            yield
+        finally:
+            self._gathering.batches = None
+            if gathered:
+                try:
+                    self._queue_up(gathered)
+                except errors.Draining as exc:
+                    for batch in gathered:
+                        batch.done.set_exception(exc)
 
     def compact(self) -> Future[None]:
         """Queue a copy without free pages, which takes the file's place (compaction.py); what is written next waits.
@@ -176,11 +199,17 @@ class Environment:
         """True once a commit failed for another reason than want of space."""
         return self._failed is not None
 
-    def _put(self, item: _Batch | _Task) -> None:
+    def _queue_up(self, batches: list[_Batch]) -> None:
+        with self._submit_lock:
+            if self._closed:
+                raise errors.Draining("the store is closed")
+            self._put(batches)
+
+    def _put(self, item: list[_Batch] | _Task) -> None:
         self._room.acquire()
         self._queue.put(item)
 
-    def _take(self, *, block: bool) -> _Batch | _Task | None:
+    def _take(self, *, block: bool) -> list[_Batch] | _Task | None:
         """The next item; None is the last. Raises queue.Empty."""
         item = self._queue.get(block)
         if item is not None:
@@ -188,7 +217,7 @@ class Environment:
         return item
 
     def _run(self) -> None:
-        carried: _Batch | _Task | None = None
+        carried: list[_Batch] | _Task | None = None
         stopping = False
         while carried is not None or not stopping:
             first = carried if carried is not None else self._take(block=True)
@@ -198,7 +227,7 @@ class Environment:
             if isinstance(first, _Task):
                 self._perform(first)
                 continue
-            group, size = [first], first.n_bytes
+            group, size = first, _size(first)
             while not stopping:
                 try:
                     more = self._take(block=False)
@@ -206,12 +235,12 @@ class Environment:
                     break
                 if more is None:
                     stopping = True
-                elif isinstance(more, _Task) or size + more.n_bytes > MAX_TXN_BYTES:
+                elif isinstance(more, _Task) or size + _size(more) > MAX_TXN_BYTES:
                     carried = more
                     break
                 else:
-                    group.append(more)
-                    size += more.n_bytes
+                    group += more
+                    size += _size(more)
             try:
                 self._commit(group)
             except Exception as exc:  # noqa: BLE001 - the writer must not die and leave its callers waiting
@@ -370,3 +399,7 @@ class Environment:
         except errors.SessiondError as exc:
             return f"; then {exc}"
         return ""
+
+
+def _size(batches: Sequence[_Batch]) -> int:
+    return sum(batch.n_bytes for batch in batches)

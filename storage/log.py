@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -36,6 +37,10 @@ class LogStore:
     def write(self, batch: LogBatch) -> Future[None]:
         """Queue an atomic change; the future resolves when it is durable (see Environment.submit)."""
         return self._env.submit(batch.ops, batch.n_bytes, frees=batch.frees)
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        """What this thread writes inside the block becomes durable at once (see Environment.together)."""
+        return self._env.together()
 
     def session(self, tenant: str, session_id: str) -> SessionRecord:
         """Raises SessionNotFound."""

@@ -29,6 +29,8 @@ class Point:
 
 
 COMMIT = "sessiond.storage.environment:Environment._commit_applied"
+QUEUE = "sessiond.storage.environment:Environment._queue_up"
+LOG_TOKEN = "sessiond.turn:Turn.log_token"
 DELETE = "sessiond.storage.blocks:BlockStore.delete"
 COLLECT = "sessiond.care:collect"
 COMPACTION = "sessiond.storage.compaction"
@@ -51,13 +53,13 @@ POINTS = (
     Point("turn-before-its-opening", "sessiond.turn:open_turn", BEFORE),
     Point("turn-opened-untold", COMMIT, COMMITTED, since="sessiond.turn:open_turn"),
     Point("turn-opened", "sessiond.turn:open_turn", AFTER),
-    Point("first-token-before-its-write", "sessiond.turn:Turn.log_token", BEFORE),
-    Point("first-token-queued", "sessiond.turn:Turn.log_token", AFTER),
+    Point("first-token-before-its-write", LOG_TOKEN, BEFORE),
+    Point("first-token-queued", QUEUE, AFTER, since=LOG_TOKEN),
     Point("first-token-durable-unsent", "sessiond.turn:Turn._durable", BEFORE),
-    Point("token-before-its-write", "sessiond.turn:Turn.log_token", BEFORE, nth=23),
+    Point("token-before-its-write", LOG_TOKEN, BEFORE, nth=23),
     Point("token-durable-unsent", "sessiond.turn:Turn._durable", BEFORE, nth=27),
-    Point("token-in-the-transaction", COMMIT, COMMITTED, nth=9, since="sessiond.turn:Turn.log_token"),
-    Point("last-token-queued", "sessiond.turn:Turn.log_token", AFTER, nth=20),
+    Point("token-in-the-transaction", COMMIT, COMMITTED, nth=9, since=LOG_TOKEN),
+    Point("last-token-queued", QUEUE, AFTER, nth=20, since=LOG_TOKEN),
     Point("revision-before-its-commit", "sessiond.turn:commit_turn", BEFORE, nth=2),
     Point("revision-before-the-transaction-ends", COMMIT, BEFORE, since="sessiond.turn:commit_turn"),
     Point("revision-durable-untold", COMMIT, COMMITTED, since="sessiond.turn:commit_turn"),

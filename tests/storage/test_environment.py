@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import lmdb
@@ -48,6 +49,43 @@ def test_what_waits_during_a_commit_shares_the_next_transaction(log_env):
     assert log_env.stat().batches == 51
 
 
+def test_what_a_thread_writes_together_is_one_transaction(log_env):
+    before = log_env._commits
+    with log_env.together():
+        futures = [log_env.submit([put(b"k%d" % i)], 10) for i in range(20)]
+        refused = log_env.submit([explode], 10)
+        time.sleep(0.05)  # the writer has nothing to do yet, and finds all at once
+        assert not any(future.done() for future in futures)
+    for future in futures:
+        future.result(10)
+    assert isinstance(refused.exception(10), errors.EtagMismatch)
+    assert len(values(log_env)) == 20
+    assert log_env._commits - before == 1
+    log_env.submit([put(b"alone")], 10).result(10)
+
+
+def test_what_is_written_together_is_accepted_though_the_block_raises(log_env):
+    futures = []
+
+    def write_and_fail():
+        with log_env.together():
+            futures.append(log_env.submit([put(b"k")], 10))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail()
+    futures[0].result(10)
+    assert values(log_env) == {b"k": b"v"}
+
+
+def test_what_is_written_together_fails_where_the_store_was_closed_meanwhile(log_env):
+    with log_env.together():
+        futures = [log_env.submit([put(b"k%d" % i)], 10) for i in range(2)]
+        log_env.close()
+    for future in futures:
+        assert isinstance(future.exception(10), errors.Draining)
+
+
 def test_batches_apply_in_the_order_they_came(log_env):
     release = hold(log_env)
     futures = [log_env.submit([put(b"k", b"%d" % i)], 10) for i in range(20)]
@@ -56,10 +94,11 @@ def test_batches_apply_in_the_order_they_came(log_env):
     assert values(log_env) == {b"k": b"19"}
 
 
-def test_an_invalid_batch_fails_alone_and_whole(log_env):
-    def explode(txn):
-        raise errors.EtagMismatch("no")
+def explode(txn):
+    raise errors.EtagMismatch("no")
 
+
+def test_an_invalid_batch_fails_alone_and_whole(log_env):
     release = hold(log_env)
     good = log_env.submit([put(b"a")], 1)
     bad = log_env.submit([put(b"b"), explode], 1)
@@ -360,7 +399,7 @@ def test_a_file_that_is_no_database_is_reported(tmp_path):
 
 
 def test_a_full_queue_makes_writers_wait_and_closing_lets_them_in(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "QUEUED_BATCHES", 2)
+    monkeypatch.setattr(environment, "QUEUED_WRITES", 2)
     env = Environment(str(tmp_path / "e"), map_bytes=1 << 20)
     begun, go_on = threading.Event(), threading.Event()
 
