@@ -68,7 +68,7 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
     ropes = ropes_of(model.rotary_emb)
     first = model.layers[0].self_attn
     head_dim: int = first.head_dim
-    if not BUILT or module.dtype is not torch.bfloat16 or gate is None:
+    if not BUILT or module.dtype is not torch.bfloat16 or gate is None or not ropes:
         return None
     if getattr(config, "attn_logit_softcapping", None):
         return None
@@ -97,7 +97,7 @@ def fuse(module: Any, windows: Sequence[int]) -> Fused | None:
 
 
 def ropes_of(embedding: nn.Module | None) -> dict[str, Rope]:
-    """Rotary embedding of each kind of layer that has its own, of all under ""; none where rotation is otherwise."""
+    """Rotary embedding of each kind of layer that has its own, of all under ""; empty if it has no frequencies."""
     ropes = {}
     for name, inv_freq in embedding.named_buffers() if embedding is not None else ():
         prefix = name.removesuffix("inv_freq")

@@ -120,7 +120,8 @@ class Environment:
 
         The future resolves when the batch is durable and cannot be cancelled: what was accepted is carried
         out. It fails with what an op raised (that batch only), DiskFull, or StoreReadOnly. `frees` marks a
-        batch that gives space back and is let through below the reserve. Raises Draining after close().
+        batch that gives space back and is let through below the reserve. Raises Draining after close(). Inside of
+        `together` it neither waits nor raises.
         """
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()
@@ -136,9 +137,10 @@ class Environment:
     def together(self) -> Iterator[None]:
         """What this thread submits inside the block is queued at its end, and becomes durable in one transaction.
 
-        Each batch is still atomic by itself. Their futures fail with Draining if the store is closed by then; nobody
-        may wait for them inside the block.
+        Each batch is still atomic by itself. For small ones: what they write is not bounded. Their futures fail with
+        Draining if the store is closed by then; nobody may wait for them inside the block. Blocks do not nest.
         """
+        assert getattr(self._gathering, "batches", None) is None, "what the inner block gathers would come first"
         gathered: list[_Batch] = []
         self._gathering.batches = gathered
         try:

@@ -9,8 +9,8 @@
 
 #include "attention_inline.h"
 
-/* A part's first keys come from memory unasked: the fewer parts the better, if there are some for every thread. */
-enum { SHORT_PART = 256, SHORT = 1024, LONG_PART = 512, MANY_PART = 1024, MAX_PARTS = 8, MANY_CHUNKS = 48 };
+/* A part waits for its first keys: over long contexts the fewer the better, over short ones threads need some each. */
+enum { SHORT_PART = 256, SHORT_CONTEXT = 1024, LONG_PART = 512, MANY_PART = 1024, MAX_PARTS = 8, MANY_CHUNKS = 48 };
 
 typedef void (*attention_fn)(const struct attention_piece *piece);
 
@@ -37,7 +37,7 @@ static struct attention_cut cut_of(const struct attention_shape *shape, const st
     cut.n_blocks = cut.rows ? (cut.rows + cut.block_rows - 1) / cut.block_rows : 0;
     int64_t n_keys = span->position + span->n_new, most = MAX_PARTS, part = MANY_PART;
     if (shape->window) n_keys = least(n_keys, shape->window + span->n_new);
-    if (few) part = n_keys > SHORT ? LONG_PART : SHORT_PART;
+    if (few) part = n_keys > SHORT_CONTEXT ? LONG_PART : SHORT_PART;
     if (!few) most = least(most, MANY_CHUNKS / (cut.n_blocks * shape->n_groups) + 1);
     cut.n_parts = least((n_keys + part - 1) / part, most);
     return cut;

@@ -122,7 +122,7 @@ INLINE AVX512 void attend(const int64_t head_dim, const struct attention_piece *
         work.query[r] = query_of(piece, r);
         work.first[r] = first_key(piece, r), work.last[r] = last_key(piece, r);
     }
-    /* Later keys are asked for while earlier ones are scored, these by nobody. */
+    /* Later keys are asked for while earlier ones are scored, these by nobody else. */
     fetch(piece->keys + piece->begin * head_dim, least(AHEAD, piece->end - piece->begin) * head_dim);
     for (int64_t at = piece->begin; at < piece->end; at += SPAN) {
         int64_t n = least((piece->end - at + TILE - 1) / TILE * TILE, SPAN);

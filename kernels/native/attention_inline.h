@@ -54,7 +54,7 @@ INLINE int64_t first_key(const struct attention_piece *piece, int64_t r) {
     return piece->shape->window ? last_key(piece, r) - piece->shape->window + 1 : 0;
 }
 
-/* 2^x. Far below the least number the library's takes long to say so. */
+/* 2^x. exp2f underflows slowly; below 2^-150 it is 0 anyway. */
 INLINE float power_of_two(float x) { return x < -160.0f ? 0.0f : exp2f(x); }
 
 #if HAVE_X86

@@ -2,10 +2,11 @@
 #ifndef SESSIOND_CLOCK_INLINE_H
 #define SESSIOND_CLOCK_INLINE_H
 
-#include <stdint.h>
 #include <time.h>
 
-static inline int64_t nanoseconds(void) {
+#include "native.h"
+
+INLINE int64_t nanoseconds(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;

@@ -117,7 +117,7 @@ void key_codes_pack(uintptr_t rows, int is_bf16, int64_t row_group_stride, int64
     parallel_chunks(fn, &job, n_groups, n < 16 ? 1 : n_threads);
 }
 
-enum { PART_TILES = 256 }; /* of a chunk: the first ones come from memory unasked */
+enum { PART_TILES = 128 };
 
 struct score_job {
     const uint8_t *tiles, *query;

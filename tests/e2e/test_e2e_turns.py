@@ -11,6 +11,7 @@ from e2e_model import CONTEXT, DEFAULT_SYSTEM, SPECIAL, STOP
 from grpc import StatusCode
 from transformers import AutoTokenizer
 
+from sessiond.stepevents import TokenOut
 from sessiond.v1 import sessions_pb2, types_pb2
 
 
@@ -366,3 +367,26 @@ class TestModes:
             *(peer.turn(s.session_id, text, max_tokens=16) for s, text in zip(sessions, texts, strict=True))
         )
         assert [turn.ids for turn in together] == alone
+
+
+class TestTheLog:
+    async def test_takes_the_tokens_of_a_step_in_one_go(self, peer: Peer, daemon, monkeypatch):
+        """Each queued write wakes the writer, which takes a core from the next step."""
+        queued: list[int] = []  # batches in each; other threads write too
+        environment, post = daemon.desk.store.log.environment, daemon.desk.post
+        queue_up = environment._queue_up
+        monkeypatch.setattr(environment, "_queue_up", lambda batches: (queued.append(len(batches)), queue_up(batches)))
+        steps: list[tuple[int, list[int]]] = []
+
+        def count(events):
+            before = len(queued)
+            post(events)
+            tokens = sum(isinstance(event, TokenOut) for event in events)
+            steps.append((tokens, queued[before:]))
+
+        monkeypatch.setattr(daemon.desk.engine, "_deliver", count)
+        sessions = [(await peer.create(system="Be brief.")).session_id for _ in range(3)]
+        await asyncio.gather(*(peer.turn(session, "Tell me", max_tokens=40) for session in sessions))
+        together = [(tokens, batches) for tokens, batches in steps if tokens > 1]
+        assert together
+        assert all(tokens in batches for tokens, batches in together)

@@ -29,7 +29,7 @@ class Point:
 
 
 COMMIT = "sessiond.storage.environment:Environment._commit_applied"
-QUEUE = "sessiond.storage.environment:Environment._queue_up"
+POST = "sessiond.desk:Desk.post"
 LOG_TOKEN = "sessiond.turn:Turn.log_token"
 DELETE = "sessiond.storage.blocks:BlockStore.delete"
 COLLECT = "sessiond.care:collect"
@@ -54,12 +54,12 @@ POINTS = (
     Point("turn-opened-untold", COMMIT, COMMITTED, since="sessiond.turn:open_turn"),
     Point("turn-opened", "sessiond.turn:open_turn", AFTER),
     Point("first-token-before-its-write", LOG_TOKEN, BEFORE),
-    Point("first-token-queued", QUEUE, AFTER, since=LOG_TOKEN),
+    Point("first-token-queued", POST, AFTER, since="sessiond.turn:open_turn"),
     Point("first-token-durable-unsent", "sessiond.turn:Turn._durable", BEFORE),
     Point("token-before-its-write", LOG_TOKEN, BEFORE, nth=23),
     Point("token-durable-unsent", "sessiond.turn:Turn._durable", BEFORE, nth=27),
     Point("token-in-the-transaction", COMMIT, COMMITTED, nth=9, since=LOG_TOKEN),
-    Point("last-token-queued", QUEUE, AFTER, nth=20, since=LOG_TOKEN),
+    Point("last-token-queued", POST, AFTER, nth=20, since="sessiond.turn:open_turn"),
     Point("revision-before-its-commit", "sessiond.turn:commit_turn", BEFORE, nth=2),
     Point("revision-before-the-transaction-ends", COMMIT, BEFORE, since="sessiond.turn:commit_turn"),
     Point("revision-durable-untold", COMMIT, COMMITTED, since="sessiond.turn:commit_turn"),

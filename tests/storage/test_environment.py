@@ -20,6 +20,10 @@ def put(key, value=b"v"):
     return lambda txn: txn.put(key, value)
 
 
+def explode(txn):
+    raise errors.EtagMismatch("no")
+
+
 def hold(env):
     """Occupy the writer until the returned event is set, so that what follows forms one group."""
     entered, release = threading.Event(), threading.Event()
@@ -92,10 +96,6 @@ def test_batches_apply_in_the_order_they_came(log_env):
     release.set()
     futures[-1].result(10)
     assert values(log_env) == {b"k": b"19"}
-
-
-def explode(txn):
-    raise errors.EtagMismatch("no")
 
 
 def test_an_invalid_batch_fails_alone_and_whole(log_env):
@@ -280,9 +280,6 @@ def test_a_map_that_is_full_when_the_tally_is_written_passes_too(tmp_path, monke
 
     def refuse(self, txn, total):
         raise lmdb.MapFullError("mdb_put: MDB_MAP_FULL")
-
-    def explode(txn):
-        raise errors.EtagMismatch("no")
 
     with contextlib.closing(Environment(str(tmp_path / "e"), map_bytes=1 << 20, reserve_bytes=0, tallied="new")) as env:
         release = hold(env)
