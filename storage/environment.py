@@ -162,10 +162,7 @@ class Environment:
         """
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()
-        with self._submit_lock:
-            if self._closed:
-                raise errors.Draining("the store is closed")
-            self._put(_Task(lambda: compact_file(self._map, self._reserve_bytes), done))
+        self._queue_up(_Task(lambda: compact_file(self._map, self._reserve_bytes), done))
         return done
 
     def close(self) -> None:
@@ -201,15 +198,12 @@ class Environment:
         """True once a commit failed for another reason than want of space."""
         return self._failed is not None
 
-    def _queue_up(self, batches: list[_Batch]) -> None:
+    def _queue_up(self, item: list[_Batch] | _Task) -> None:
         with self._submit_lock:
             if self._closed:
                 raise errors.Draining("the store is closed")
-            self._put(batches)
-
-    def _put(self, item: list[_Batch] | _Task) -> None:
-        self._room.acquire()
-        self._queue.put(item)
+            self._room.acquire()
+            self._queue.put(item)
 
     def _take(self, *, block: bool) -> list[_Batch] | _Task | None:
         """The next item; None is the last. Raises queue.Empty."""

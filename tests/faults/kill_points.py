@@ -30,6 +30,7 @@ class Point:
 
 COMMIT = "sessiond.storage.environment:Environment._commit_applied"
 POST = "sessiond.desk:Desk.post"
+OPEN_TURN = "sessiond.turn:open_turn"
 LOG_TOKEN = "sessiond.turn:Turn.log_token"
 DELETE = "sessiond.storage.blocks:BlockStore.delete"
 COLLECT = "sessiond.care:collect"
@@ -50,16 +51,16 @@ POINTS = (
     Point("index-before", "sessiond.storage.catalog:Catalog.upsert_sessions", BEFORE),
     Point("index-written", "sessiond.storage.catalog:Catalog.upsert_sessions", AFTER),
     # A turn.
-    Point("turn-before-its-opening", "sessiond.turn:open_turn", BEFORE),
-    Point("turn-opened-untold", COMMIT, COMMITTED, since="sessiond.turn:open_turn"),
-    Point("turn-opened", "sessiond.turn:open_turn", AFTER),
+    Point("turn-before-its-opening", OPEN_TURN, BEFORE),
+    Point("turn-opened-untold", COMMIT, COMMITTED, since=OPEN_TURN),
+    Point("turn-opened", OPEN_TURN, AFTER),
     Point("first-token-before-its-write", LOG_TOKEN, BEFORE),
-    Point("first-token-queued", POST, AFTER, since="sessiond.turn:open_turn"),
+    Point("first-token-queued", POST, AFTER, since=OPEN_TURN),
     Point("first-token-durable-unsent", "sessiond.turn:Turn._durable", BEFORE),
     Point("token-before-its-write", LOG_TOKEN, BEFORE, nth=23),
     Point("token-durable-unsent", "sessiond.turn:Turn._durable", BEFORE, nth=27),
     Point("token-in-the-transaction", COMMIT, COMMITTED, nth=9, since=LOG_TOKEN),
-    Point("last-token-queued", POST, AFTER, nth=20, since="sessiond.turn:open_turn"),
+    Point("last-token-queued", POST, AFTER, nth=20, since=OPEN_TURN),
     Point("revision-before-its-commit", "sessiond.turn:commit_turn", BEFORE, nth=2),
     Point("revision-before-the-transaction-ends", COMMIT, BEFORE, since="sessiond.turn:commit_turn"),
     Point("revision-durable-untold", COMMIT, COMMITTED, since="sessiond.turn:commit_turn"),
